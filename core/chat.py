@@ -1,0 +1,332 @@
+"""Render conversations with the tokenizer's chat template and find the tokens that are trained.
+
+One function, `tokenize`, serves preview and training. The conversation is rendered and tokenised once; the spans of the
+assistant turns are found from rendered prefixes and token offsets. A template for which a rendered prefix is not a
+prefix of the rendered whole is refused by name: a mask is never guessed. Works on any fast tokenizer of transformers;
+imports nothing heavy itself.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from core.data import Conversation
+from core.errors import FinetuiError
+
+# Templates of families whose base models carry none; chosen by config.json's model_type and vocabulary size.
+_INST = (
+    "{%- if messages[0]['role'] == 'system' -%}{%- set system = messages[0]['content'] -%}{%- set turns = messages[1:] -%}"
+    "{%- else -%}{%- set system = '' -%}{%- set turns = messages -%}{%- endif -%}"
+)
+MISTRAL_TEMPLATE = _INST + (
+    "{{- bos_token -}}{%- for message in turns -%}{%- if message['role'] == 'assistant' -%}"
+    "{{- ' ' + message['content'] + eos_token -}}{%- else -%}"
+    "{{- '[INST] ' + (system + '\n\n' if loop.first and system else '') + message['content'] + ' [/INST]' -}}"
+    "{%- endif -%}{%- endfor -%}"
+)
+LLAMA2_TEMPLATE = _INST + (
+    "{%- for message in turns -%}{%- if message['role'] == 'assistant' -%}"
+    "{{- ' ' + message['content'] + ' ' + eos_token -}}{%- else -%}{{- bos_token + '[INST] ' + "
+    "('<<SYS>>\n' + system + '\n<</SYS>>\n\n' if loop.first and system else '') + message['content'] + ' [/INST]' -}}"
+    "{%- endif -%}{%- endfor -%}"
+)
+
+PROBE = [{"role": "user", "content": "finetui-user"}, {"role": "assistant", "content": "finetui-answer"}]
+PROBE_CALL = {
+    "role": "assistant",
+    "content": None,
+    "tool_calls": [{"type": "function", "function": {"name": "finetui_probe", "arguments": {"finetui_key": "x"}}}],
+}
+
+
+class TemplateError(ValueError):
+    """This conversation cannot be rendered or masked; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class Tokenised:
+    """`input_ids` of the whole conversation and, of equal length, `trained`: True where the loss is taken."""
+
+    input_ids: list[int]
+    trained: list[bool]
+
+    @property
+    def labels(self) -> list[int]:
+        """The ids where trained, -100 elsewhere; the first position is never a target."""
+        return [
+            token if learnt and index else -100
+            for index, (token, learnt) in enumerate(zip(self.input_ids, self.trained, strict=True))
+        ]
+
+
+@dataclass
+class Template:
+    """A tokenizer with what its chat template can do: found out once, by rendering probes."""
+
+    tokenizer: Any
+    renders_tool_calls: bool = False
+    takes_system: bool = True
+    notices: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> "Template":
+        """Probe `tokenizer`. Raises FinetuiError when it is slow, has no template, or one that cannot be masked."""
+        if not getattr(tokenizer, "is_fast", False):
+            raise FinetuiError("The model has no fast tokenizer, which the loss mask needs.", "Choose another model.")
+        if not tokenizer.chat_template:
+            raise FinetuiError(
+                "The model has no chat template, and its family is not one whose template is known.",
+                "Give one with --set model.chat_template=FILE.jinja.",
+            )
+        template = cls(tokenizer)
+        try:
+            template.takes_system = "finetui-system" in template._render(
+                [{"role": "system", "content": "finetui-system"}, *PROBE]
+            )
+        except TemplateError:
+            template.takes_system = False
+        if not template.takes_system:
+            template.notices.append("The template has no system turn: system text goes before the first user turn.")
+        try:
+            called = template._render([PROBE[0], PROBE_CALL])
+            template.renders_tool_calls = "finetui_probe" in called and "finetui_key" in called
+        except TemplateError:
+            template.renders_tool_calls = False
+        if not template.renders_tool_calls:
+            template.notices.append("The template renders no tool calls: they are written as text, tool_call: NAME.")
+        try:
+            template._spans(PROBE)
+        except TemplateError as error:
+            raise FinetuiError(
+                f"The model's chat template cannot be masked: {error}.", "Give one with --set model.chat_template=FILE."
+            ) from error
+        return template
+
+    def _render(self, messages: list[dict[str, Any]], tools: Any = None, prompt: bool = False) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, tools=tools, tokenize=False, add_generation_prompt=prompt
+            )
+        except Exception as error:  # a template is a foreign program: whatever it raises is this row's reason
+            reason = " ".join(str(error).split())[:120] or type(error).__name__
+            raise TemplateError(f"the chat template refuses it: {reason}") from error
+
+    def prepared(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The messages in the form this template takes: tool calls as text, system text folded, where it must be."""
+        ready = messages if self.renders_tool_calls else [_calls_as_text(message) for message in messages]
+        ready = [{**message, "content": ""} if message["content"] is None else message for message in ready]
+        if not self.takes_system:
+            ready = _folded_system(ready)
+        return ready
+
+    def render(self, messages: list[dict[str, Any]], tools: Any = None) -> str:
+        """The text of the prompt: `messages` followed by the opening of an assistant turn."""
+        return self._render(self.prepared(messages), tools, prompt=True)
+
+    def _spans(self, messages: list[dict[str, Any]], tools: Any = None) -> tuple[str, list[tuple[int, int]]]:
+        """The rendered conversation and the character span of every assistant turn."""
+        whole = self._render(messages, tools)
+        spans = []
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before = self._render(messages[:index], tools, prompt=True)
+            through = whole if index == len(messages) - 1 else self._render(messages[: index + 1], tools)
+            if not whole.startswith(before) or not whole.startswith(through) or len(before) > len(through):
+                raise TemplateError("the chat template rewrites earlier turns, so the answer cannot be located")
+            spans.append((len(before), len(through)))
+        return whole, spans
+
+    def tokenize(self, messages: list[dict[str, Any]], tools: Any = None, *, only_last: bool = False) -> Tokenised:
+        """Render, tokenise and mark the assistant turns, or only the last one.
+
+        A token is trained when it starts inside an assistant turn; what a template writes after the end-of-turn token
+        (a newline, usually) is not. Raises TemplateError with the reason.
+        """
+        text, spans = self._spans(self.prepared(messages), tools)
+        if only_last:
+            spans = spans[-1:]
+            text = text[: spans[-1][1]]
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+        trained = [False] * len(ids)
+        index = 0
+        for first, end in spans:
+            while index < len(ids) and offsets[index][0] < first:
+                index += 1
+            stretch = []
+            while index < len(ids) and offsets[index][0] < end:
+                stretch.append(index)
+                index += 1
+            for position in self._without_tail(ids, stretch):
+                trained[position] = True
+        if only_last and any(trained):
+            length = len(trained) - trained[::-1].index(True)
+            ids, trained = ids[:length], trained[:length]
+        return Tokenised(ids, trained)
+
+    def _without_tail(self, ids: list[int], stretch: list[int]) -> list[int]:
+        """The positions of an answer without the blanks that the template writes after the end-of-turn token."""
+        ends = [number for number, position in enumerate(stretch) if ids[position] == self.tokenizer.eos_token_id]
+        if not ends:
+            return stretch
+        tail = stretch[ends[-1] + 1 :]
+        blank = tail and not self.tokenizer.decode([ids[position] for position in tail]).strip()
+        return stretch[: ends[-1] + 1] if blank else stretch
+
+
+def _calls_as_text(message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose tool calls stand in its text as ``tool_call: NAME`` and ``arguments: {…}``."""
+    calls = message.get("tool_calls")
+    if not calls:
+        return message
+    parts = [message["content"]] if message["content"] else []
+    for call in calls:
+        function = call["function"]
+        arguments = function["arguments"]
+        text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        parts.append(f"tool_call: {function['name']}\narguments: {text}")
+    return {"role": message["role"], "content": "\n\n".join(parts)}
+
+
+def _folded_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """System turns put before the text of the next user turn."""
+    folded: list[dict[str, Any]] = []
+    waiting: list[str] = []
+    for message in messages:
+        if message["role"] == "system":
+            waiting.append(message["content"])
+        elif waiting and message["role"] == "user":
+            folded.append({**message, "content": "\n\n".join([*waiting, message["content"]])})
+            waiting = []
+        else:
+            folded.append(message)
+    return folded
+
+
+def family_template(config: dict[str, Any]) -> str | None:
+    """The template of a base model's family by its config.json, or None: Mistral, and Llama 2 by its vocabulary."""
+    if config.get("model_type") == "mistral":
+        return MISTRAL_TEMPLATE
+    if config.get("model_type") == "llama" and config.get("vocab_size") == 32000:
+        return LLAMA2_TEMPLATE
+    return None
+
+
+def set_template(tokenizer: Any, choice: str, config: dict[str, Any]) -> str:
+    """Give `tokenizer` its chat template and say where it comes from.
+
+    `choice` is ``auto`` (its own, else its family's) or the path of a Jinja file. Raises FinetuiError.
+    """
+    if choice != "auto":
+        try:
+            tokenizer.chat_template = Path(choice).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise FinetuiError(f"The chat template {choice} cannot be read.", "Give a Jinja file in UTF-8.") from error
+        return f"file {choice}"
+    if tokenizer.chat_template:
+        return "the tokenizer's own"
+    tokenizer.chat_template = family_template(config)
+    return f"the family's, {config.get('model_type')}" if tokenizer.chat_template else "none"
+
+
+@dataclass(frozen=True)
+class Example:
+    """A conversation as tokens: for SFT the whole with every answer trained, for KTO cut at the last answer."""
+
+    row: Conversation
+    tokens: Tokenised
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """Tokens before the first trained one."""
+        return self.tokens.input_ids[: self._first]
+
+    @property
+    def completion_ids(self) -> list[int]:
+        """Tokens from the first trained one through the last."""
+        return [token for token, trained in zip(self.tokens.input_ids, self.tokens.trained, strict=True) if trained]
+
+    @property
+    def _first(self) -> int:
+        return self.tokens.trained.index(True)
+
+
+@dataclass
+class TokenLedger:
+    """What tokenising did to the rows: kept, cut and left out, each named by file and line."""
+
+    examples: list[Example] = field(default_factory=list)
+    cut: list[tuple[Conversation, int]] = field(default_factory=list)
+    left_out: list[tuple[Conversation, str]] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(example.tokens.input_ids) for example in self.examples)
+
+    @property
+    def trained_tokens(self) -> int:
+        return sum(sum(example.tokens.trained) for example in self.examples)
+
+
+def tokenize_rows(
+    template: Template,
+    rows: list[Conversation],
+    method: str,
+    *,
+    max_length: int,
+    max_prompt_length: int | None = None,
+    too_long: str = "drop",
+    progress: Callable[[int, int], None] | None = None,
+) -> TokenLedger:
+    """Tokenise `rows` for ``"sft"`` or ``"kto"`` under the length limits (tokens).
+
+    `too_long`: ``drop`` leaves a long row out, ``cut`` keeps its end (KTO: the end of the prompt and the whole answer),
+    ``refuse`` raises. Raises FinetuiError when nothing trainable is left.
+    """
+    ledger = TokenLedger()
+    for number, row in enumerate(rows):
+        if progress and number % 200 == 0:
+            progress(number, len(rows))
+        try:
+            tokens = template.tokenize(row.messages, row.tools, only_last=method == "kto")
+        except TemplateError as error:
+            ledger.left_out.append((row, str(error)))
+            continue
+        if not any(tokens.trained):
+            ledger.left_out.append((row, "no trained token: the answer renders to nothing"))
+            continue
+        fitted = _fitted(tokens, method, max_length, max_prompt_length)
+        if len(fitted.input_ids) < len(tokens.input_ids):
+            length = len(tokens.input_ids)
+            if too_long == "refuse":
+                raise FinetuiError(
+                    f"{row.file}, line {row.line}: {length} tokens, over the limit of {max_length}.",
+                    "Raise max_length, or choose too_long: drop or cut.",
+                )
+            if too_long == "drop" or not any(fitted.trained):
+                ledger.left_out.append((row, "longer than the limit"))
+                continue
+            ledger.cut.append((row, length - len(fitted.input_ids)))
+        ledger.examples.append(Example(row, fitted))
+    if not ledger.examples:
+        reasons = sorted({reason for _, reason in ledger.left_out})[:2]
+        raise FinetuiError(
+            f"No row is left after tokenising: {'; '.join(reasons)} (limit {max_length} tokens).",
+            "Raise max_length, or choose too_long: cut." if "longer than the limit" in reasons else "Check the data.",
+        )
+    return ledger
+
+
+def _fitted(tokens: Tokenised, method: str, max_length: int, max_prompt_length: int | None) -> Tokenised:
+    """The end of `tokens` that the limits allow; empty where a KTO prompt would have to vanish altogether."""
+    ids, trained = tokens.input_ids, tokens.trained
+    over = max(len(ids) - max_length, 0)
+    if method == "kto":
+        prompt = trained.index(True)
+        over = max(over, prompt - (max_prompt_length or prompt))
+        if over >= prompt:
+            return Tokenised([], [])
+    return Tokenised(ids[over:], trained[over:]) if over else tokens

@@ -1,0 +1,294 @@
+"""The event log of a run: written by runner and trainer, followed by any number of viewers.
+
+One JSON object a line, ``{"t": unix seconds, "kind": …}``; the first line carries ``"v": 1``. Readers accept unknown
+kinds and fields, a torn last line, and a log that another process is still writing.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+VERSION = 1
+MAX_TEXT = 20_000
+Event = dict[str, Any]
+
+
+class EventLog:
+    """Appends whole lines to `path`; safe to use from several processes at once (one ``write`` each, O_APPEND)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, kind: str, **fields: Any) -> None:
+        """Write one event now. Non-finite numbers become null and are counted in ``nonfinite``; long text is cut."""
+        counted = [0]
+        event = {"t": round(time.time(), 3), "kind": kind, **{key: _plain(v, counted) for key, v in fields.items()}}
+        if counted[0]:
+            event["nonfinite"] = counted[0]
+        line = json.dumps(event, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace") + b"\n"
+        handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        try:
+            os.write(handle, line)
+        finally:
+            os.close(handle)
+
+
+def _plain(value: Any, counted: list[int]) -> Any:
+    """`value` as JSON can hold it."""
+    if isinstance(value, bool | int | None):
+        return value
+    if isinstance(value, float):
+        if math.isfinite(value):
+            return value
+        counted[0] += 1
+        return None
+    if isinstance(value, str):
+        return value if len(value) <= MAX_TEXT else value[: MAX_TEXT // 2] + " … " + value[-MAX_TEXT // 2 :]
+    if isinstance(value, dict):
+        return {str(key): _plain(item, counted) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, counted) for item in value]
+    if hasattr(value, "item"):
+        return _plain(value.item(), counted)
+    return str(value)
+
+
+class EventTail:
+    """Reads the events that were added since the last call; a line still being written waits for the next call."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.offset = 0
+        self.broken_lines = 0
+
+    def read(self, limit_bytes: int = 8_000_000) -> list[Event]:
+        """The new whole events, at most about `limit_bytes` of them. A log that does not exist yet has none."""
+        try:
+            with self.path.open("rb") as stream:
+                if os.fstat(stream.fileno()).st_size < self.offset:
+                    self.offset = 0
+                stream.seek(self.offset)
+                chunk = stream.read(limit_bytes)
+                if len(chunk) == limit_bytes and b"\n" not in chunk:
+                    chunk += stream.readline()
+        except OSError:
+            return []
+        end = chunk.rfind(b"\n") + 1
+        self.offset += end
+        return list(self._parse(chunk[:end]))
+
+    def _parse(self, chunk: bytes) -> Iterator[Event]:
+        for line in chunk.splitlines():
+            event = parse_line(line)
+            if event is not None:
+                yield event
+            elif line.strip():
+                self.broken_lines += 1
+
+
+def parse_line(line: bytes) -> Event | None:
+    """One line as an event, or None where it is torn or no event."""
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(event, dict) or not isinstance(event.get("kind"), str):
+        return None
+    if not isinstance(event.get("t"), int | float):
+        event["t"] = 0.0
+    return event
+
+
+@dataclass
+class StageState:
+    """What is known of one stage."""
+
+    name: str
+    state: str = "waiting"
+    base: str = ""
+    phase: str = ""
+    detail: str = ""
+    phase_seconds: dict[str, float] = field(default_factory=dict)
+    started: float | None = None
+    ended: float | None = None
+    step: int = 0
+    total_steps: int = 0
+    epoch: float = 0.0
+    totals: Event = field(default_factory=dict)
+    series: dict[str, list[tuple[int, float | None]]] = field(default_factory=dict)
+    pace: list[tuple[float, int]] = field(default_factory=list)
+    checkpoints: list[int] = field(default_factory=list)
+    output: str = ""
+    pid: int | None = None
+    pid_started: float | None = None
+    exit: str = ""
+
+    def last(self, metric: str) -> float | None:
+        """The newest finite value of a metric."""
+        return next((value for _, value in reversed(self.series.get(metric, [])) if value is not None), None)
+
+    @property
+    def steps_per_second(self) -> float | None:
+        """Pace over the last logs of this attempt."""
+        recent = self.pace[-12:]
+        if len(recent) < 2 or recent[-1][0] <= recent[0][0]:
+            return None
+        return (recent[-1][1] - recent[0][1]) / (recent[-1][0] - recent[0][0])
+
+    @property
+    def eta_s(self) -> float | None:
+        """Seconds until the last step of this stage, at the recent pace."""
+        pace = self.steps_per_second
+        return (self.total_steps - self.step) / pace if pace and self.total_steps else None
+
+    def rewind(self, step: int) -> None:
+        """Forget what was logged after `step`: a resumed stage logs it again."""
+        for name, points in self.series.items():
+            self.series[name] = [point for point in points if point[0] <= step]
+        self.step = min(self.step, step)
+        self.pace = []
+
+
+@dataclass
+class RunState:
+    """A run as its events tell it; fold events in order. Whether it is alive is not in the log: see `runs.status`."""
+
+    name: str = ""
+    method: str = ""
+    model: str = ""
+    note: str = ""
+    created: float | None = None
+    started: float | None = None
+    ended: float | None = None
+    end_status: str | None = None
+    stages: list[StageState] = field(default_factory=list)
+    start: Event = field(default_factory=dict)
+    gpu: list[Event] = field(default_factory=list)
+    notices: list[Event] = field(default_factory=list)
+    errors: list[Event] = field(default_factory=list)
+    samples: list[Event] = field(default_factory=list)
+    result: Event = field(default_factory=dict)
+    nonfinite: int = 0
+
+    def stage(self, name: str) -> StageState:
+        """The stage called `name`, made on first mention."""
+        found = next((stage for stage in self.stages if stage.name == name), None)
+        if found is None:
+            found = StageState(name)
+            self.stages.append(found)
+        return found
+
+    @property
+    def current(self) -> StageState | None:
+        """The stage that runs or ran last."""
+        begun = [stage for stage in self.stages if stage.state != "waiting"]
+        return begun[-1] if begun else None
+
+    def fold(self, event: Event) -> None:
+        """Take one event in. Unknown kinds and missing fields are passed over."""
+        self.nonfinite += event.get("nonfinite") or 0
+        handler = getattr(self, f"_on_{event['kind']}", None)
+        if handler is not None:
+            try:
+                handler(event)
+            except (TypeError, ValueError, AttributeError):
+                self.notices.append({"level": "warning", "text": f"an event of kind {event['kind'][:40]} is malformed"})
+
+    def _on_created(self, event: Event) -> None:
+        self.name = str(event.get("name", ""))
+        self.method = str(event.get("method", ""))
+        self.model = str(event.get("model", ""))
+        self.note = str(event.get("note", ""))
+        self.created = event["t"]
+        for name in event.get("stages", []):
+            self.stage(str(name))
+
+    def _on_run_start(self, event: Event) -> None:
+        self.started = self.started or event["t"]
+        self.ended, self.end_status = None, None
+        self.errors = []
+        self.start = event
+        for stage in self.stages:
+            if stage.state in ("running", "failed", "stopped", "aborted"):
+                stage.state = "waiting"
+
+    def _on_stage_start(self, event: Event) -> None:
+        stage = self.stage(str(event.get("name", "")))
+        stage.state, stage.started, stage.ended, stage.exit = "running", event["t"], None, ""
+        stage.base = str(event.get("base", ""))
+        stage.pid, stage.pid_started = event.get("pid"), event.get("pid_started")
+        stage.phase, stage.detail = "start", ""
+        if "resumed_step" in event:
+            stage.rewind(int(event["resumed_step"] or 0))
+
+    def _on_phase(self, event: Event) -> None:
+        stage = self.stage(str(event.get("stage", "")))
+        stage.phase, stage.detail = str(event.get("name", "")), str(event.get("detail", ""))
+        if isinstance(event.get("seconds"), int | float):
+            stage.phase_seconds[stage.phase] = stage.phase_seconds.get(stage.phase, 0) + event["seconds"]
+
+    def _on_totals(self, event: Event) -> None:
+        stage = self.stage(str(event.get("stage", "")))
+        stage.totals |= event
+        stage.total_steps = int(event.get("steps") or stage.total_steps)
+        if "resumed_step" in event:
+            stage.rewind(int(event["resumed_step"] or 0))
+
+    def _on_log(self, event: Event) -> None:
+        stage = self.stage(str(event.get("stage", "")))
+        step = int(event.get("step") or 0)
+        stage.step = max(stage.step, step)
+        stage.epoch = event.get("epoch") or stage.epoch
+        stage.pace.append((event["t"], step))
+        self._series(stage, step, event)
+
+    def _on_eval(self, event: Event) -> None:
+        self._series(self.stage(str(event.get("stage", ""))), int(event.get("step") or 0), event)
+
+    @staticmethod
+    def _series(stage: StageState, step: int, event: Event) -> None:
+        for key, value in event.items():
+            if key in ("t", "step", "epoch", "nonfinite") or isinstance(value, str | list | dict | bool):
+                continue
+            stage.series.setdefault(key, []).append((step, value))
+
+    def _on_checkpoint(self, event: Event) -> None:
+        self.stage(str(event.get("stage", ""))).checkpoints.append(int(event["step"]))
+
+    def _on_gpu(self, event: Event) -> None:
+        self.gpu.append(event)
+
+    def _on_notice(self, event: Event) -> None:
+        self.notices.append(event)
+
+    def _on_error(self, event: Event) -> None:
+        self.errors.append(event)
+
+    def _on_sample(self, event: Event) -> None:
+        self.samples.append(event)
+
+    def _on_result(self, event: Event) -> None:
+        self.result = event
+
+    def _on_stage_end(self, event: Event) -> None:
+        stage = self.stage(str(event.get("name", "")))
+        stage.state, stage.ended = str(event.get("status", "")), event["t"]
+        stage.output = str(event.get("output") or "")
+        stage.exit = str(event.get("exit") or "")
+
+    def _on_run_end(self, event: Event) -> None:
+        self.end_status, self.ended = str(event.get("status", "")), event["t"]
+
+
+def state_of(path: Path) -> RunState:
+    """Everything the log at `path` tells, read once."""
+    tail, state = EventTail(path), RunState()
+    while events := tail.read():
+        for event in events:
+            state.fold(event)
+    return state

@@ -1,0 +1,56 @@
+"""Where things lie: presets, cache, runs; and how a file is written whole."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from core.errors import FinetuiError
+
+
+def configs_dir() -> Path:
+    """The folder of the shipped presets: ``configs/`` of the checkout, or its copy inside an installed wheel."""
+    here = Path(__file__).resolve().parent
+    return next(folder for folder in (here.parent / "configs", here / "_configs") if (folder / "models.yaml").is_file())
+
+
+def cache_dir() -> Path:
+    """Where converted models and the demo's data are kept: ``FINETUI_CACHE``, else ``~/.cache/finetui``."""
+    chosen = os.environ.get("FINETUI_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "finetui"
+
+
+def runs_dir(chosen: str | Path | None = None) -> Path:
+    """The folder of runs: the argument, else ``FINETUI_RUNS``, else ``runs`` where the user stands. Absolute."""
+    return Path(chosen or os.environ.get("FINETUI_RUNS") or "runs").expanduser().absolute()
+
+
+@contextlib.contextmanager
+def writing_whole(path: Path, mode: str = "w") -> Iterator[IO]:
+    """Open a temporary file beside `path` and rename it over `path` when the block ends without an exception.
+
+    Raises FinetuiError (disk full, read-only folder) naming the file; the old content, if any, stays.
+    """
+    temporary: str | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(handle, mode, encoding=None if "b" in mode else "utf-8") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+        temporary = None
+    except OSError as error:
+        raise FinetuiError(
+            f"{path} cannot be written: {error.strerror or error}.", "Free some space or choose another folder."
+        ) from error
+    finally:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)

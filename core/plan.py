@@ -1,0 +1,268 @@
+"""The plan: the one typed description of every option.
+
+It checks YAML, makes the command line's flags and the wizard's fields, and fills the option table of the README.
+Names follow TRL and transformers where they have one, so that a key means what their documentation says.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic.fields import FieldInfo
+
+Method = Literal["sft", "kto", "sft-kto"]
+StageName = Literal["sft", "kto", "evaluate"]
+METHODS: tuple[Method, ...] = get_args(Method)
+SIZES = ("135m", "3b", "7b", "13b", "20b")
+TRAINING_STAGES = ("sft", "kto")
+
+LORA_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def option(
+    default: Any, help: str, *, flag: str | None = None, unit: str = "", common: bool = False, **bounds: Any
+) -> Any:
+    """A field of the plan. `common` puts it on the wizard's first page of settings; `flag` names it on the command line."""
+    extra = {"flag": flag, "unit": unit, "common": common}
+    return Field(default, description=help, json_schema_extra=extra, **bounds)
+
+
+class Section(BaseModel):
+    """A part of the plan: unknown keys are errors, and assignment is checked."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+class ModelPlan(Section):
+    """Which model is trained, and how it is loaded."""
+
+    size: Literal["135m", "3b", "7b", "13b", "20b"] | None = option(
+        None, "Model size; picks model, LoRA, batch and accumulation", flag="--model-size", common=True
+    )
+    name: str = option("", "Hub id, folder, or run:NAME for an earlier run's result", flag="--model-name", common=True)
+    revision: str | None = option(None, "Branch, tag or commit on the Hub")
+    load_in_4bit: bool = option(False, "Load the weights in 4 bit (NVIDIA GPU with bitsandbytes)", flag="--load-in-4bit")
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = option("auto", "Number format; auto: bf16 on a GPU, fp32 on a CPU")
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = option("auto", "Attention implementation")
+    chat_template: str = option("auto", "auto: the tokenizer's own, else its family's; or a Jinja file")
+    trust_remote_code: bool = option(False, "Run Python code that comes with the model: only if you trust its author")
+
+
+class LoraPlan(Section):
+    """The shape of the adapter; KTO after SFT takes the SFT adapter's shape."""
+
+    r: int = option(64, "Rank of the adapter", flag="--lora-r", common=True, ge=1, le=1024)
+    alpha: int = option(128, "Scale of the adapter (alpha / r)", flag="--lora-alpha", common=True, ge=1, le=4096)
+    dropout: float = option(0.0, "Dropout inside the adapter; above 0 leaves Unsloth's fast path", ge=0, lt=1)
+    target_modules: list[str] = option(LORA_PROJECTIONS, "Projections that get an adapter", min_length=1)
+    seed: int = option(3407, "Seed of the adapter's first weights", ge=0)
+
+
+class DataPlan(Section):
+    """Where the rows of a stage come from. Exactly one of `file`, `dataset` or `demo`."""
+
+    file: str | None = option(None, "Local JSONL, JSON, CSV or Parquet file", flag="--local-file", common=True)
+    dataset: str | None = option(None, "Data set on the Hub, OWNER/NAME", flag="--dataset-name", common=True)
+    dataset_file: str | None = option(None, "File inside the Hub data set", flag="--dataset-file")
+    split: str = option("train", "Split of the Hub data set")
+    demo: bool = option(False, "The demo's own rows, made on this machine")
+    holdout: float = option(
+        0.0, "Share of prompts kept for evaluation during training", flag="--split-dataset", common=True, ge=0, le=0.5
+    )
+    include_undesirable: bool = option(
+        False, "SFT: also learn answers whose label is false", flag="--include-undesirable"
+    )
+    too_long: Literal["drop", "cut", "refuse"] = option(
+        "drop", "Rows over max_length: leave out, cut from the left, or refuse to start", flag="--too-long"
+    )
+    max_rows: int | None = option(None, "Use only the first N usable rows", flag="--max-rows", ge=1)
+
+
+class StagePlan(Section):
+    """What SFT and KTO share. Keys that TRL knows have TRL's names."""
+
+    data: DataPlan = Field(default_factory=DataPlan, description="Rows of this stage")
+    batch_size: int = option(4, "Examples per forward pass", flag="--batch-size", unit="examples", common=True, ge=1)
+    gradient_accumulation_steps: int = option(
+        1, "Forward passes per optimiser step", flag="--gradient-accumulation", common=True, ge=1
+    )
+    learning_rate: float = option(2e-4, "Peak learning rate", flag="--learning-rate", common=True, gt=0, le=1)
+    num_train_epochs: float = option(3, "Passes over the data", flag="--num-epochs", unit="epochs", common=True, gt=0)
+    max_steps: int = option(-1, "Stop after N optimiser steps; -1: by epochs", flag="--max-steps", unit="steps", ge=-1)
+    max_length: int = option(2048, "Longest row", flag="--max-seq-length", unit="tokens", common=True, ge=8)
+    warmup_ratio: float = option(0.1, "Share of the steps in which the rate climbs", common=True, ge=0, lt=1)
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup", "polynomial"] = option(
+        "cosine", "How the rate falls after warm-up"
+    )
+    max_grad_norm: float = option(1.0, "Gradients are clipped to this norm", ge=0)
+    weight_decay: float = option(0.0, "Decoupled weight decay", ge=0)
+    optim: Literal["auto", "adamw_8bit", "adamw_torch", "adamw_torch_fused", "paged_adamw_8bit"] = option(
+        "auto", "Optimiser; auto: adamw_8bit where bitsandbytes runs, else adamw_torch"
+    )
+    gradient_checkpointing: Literal["auto", "on", "off"] = option("auto", "Recompute activations to save memory")
+    logging_steps: int = option(5, "Log every N steps", unit="steps", ge=1)
+    save_steps: int = option(50, "Checkpoint every N steps", flag="--save-steps", unit="steps", common=True, ge=1)
+    save_total_limit: int = option(3, "Checkpoints kept", ge=1)
+    eval_steps: int | None = option(None, "Evaluate held-out rows every N steps; default: at each checkpoint", ge=1)
+    seed: int = option(42, "Seed of data order and dropout", flag="--seed", ge=0)
+    extra: dict[str, Any] = option({}, "More arguments for TRL's SFTConfig or KTOConfig, checked by name")
+
+    @property
+    def effective_batch(self) -> int:
+        """Examples per optimiser step."""
+        return self.batch_size * self.gradient_accumulation_steps
+
+    @field_validator("max_steps")
+    @classmethod
+    def not_zero_steps(cls, value: int) -> int:
+        if value == 0:
+            raise ValueError("0 steps would train nothing; use -1 to go by epochs")
+        return value
+
+
+class SFTPlan(StagePlan):
+    """Supervised fine-tuning: loss on assistant turns only."""
+
+    padding_free: Literal["auto", "on", "off"] = option(
+        "auto", "Lay the rows of a batch end to end instead of padding; auto: where attention keeps them apart"
+    )
+
+
+class KTOPlan(StagePlan):
+    """Kahneman-Tversky optimisation (arXiv 2402.01306): rows labelled good or bad."""
+
+    values: Literal["measured", "original"] = option(
+        "measured", "Rate and beta: values measured to move a LoRA, or the original's", flag="--kto-values", common=True
+    )
+    beta: float = option(0.1, "How strongly the model is held to its reference", flag="--beta", common=True, gt=0)
+    desirable_weight: float | None = option(None, "Weight of good rows; default: from the label counts", gt=0)
+    undesirable_weight: float | None = option(None, "Weight of bad rows; default: from the label counts", gt=0)
+    max_prompt_length: int = option(2048, "Longest prompt", unit="tokens", ge=4)
+    two_stage_lr: bool = option(False, "Multiply the rate by a factor from a step on", flag="--two-stage-lr")
+    lr_reduction_step: int = option(50, "First step of the second rate", flag="--lr-reduction-step", unit="steps", ge=1)
+    lr_reduction_factor: float = option(0.5, "Factor of the second rate", flag="--lr-reduction-factor", gt=0, le=1)
+    sign_correction: bool = option(False, "KTO-S, experimental: sign-corrected reference point", flag="--sign-correction")
+
+    @field_validator("batch_size")
+    @classmethod
+    def pairs_need_two(cls, value: int) -> int:
+        if value < 2:
+            raise ValueError("KTO compares each row with its neighbour in the batch and needs a batch of at least 2")
+        return value
+
+
+class EvaluatePlan(Section):
+    """Generation on held-out prompts after training, with the base and after each stage."""
+
+    enabled: bool = option(False, "Answer held-out prompts at the end and score tool calls", flag="--evaluate")
+    file: str | None = option(None, "Held-out rows; the last assistant turn is the expected answer", flag="--eval-file")
+    max_prompts: int = option(40, "Prompts answered", unit="prompts", ge=1)
+    max_new_tokens: int = option(96, "Longest answer", unit="tokens", ge=1)
+    batch_size: int = option(20, "Prompts answered at once", unit="prompts", ge=1)
+
+
+class TrackingPlan(Section):
+    """Trackers outside finetui. Off unless asked; keys come from the environment only."""
+
+    report_to: list[Literal["wandb", "tensorboard", "trackio"]] = option([], "Trackers", flag="--report-to")
+    project: str | None = option(None, "Project name at the tracker", flag="--wandb-project")
+    run_name: str | None = option(None, "Run name at the tracker; default: the run's own", flag="--wandb-run-name")
+
+
+class Plan(Section):
+    """A whole run: a list of stages, each starting from the output of the one before."""
+
+    method: Method = option("sft", "What is trained")
+    name: str | None = option(None, "Name of the run; default: date, method and size", flag="--name")
+    note: str = option("", "A line of your own, shown in the history", flag="--note")
+    backend: Literal["auto", "unsloth", "trl"] = option(
+        "auto", "auto: Unsloth with an NVIDIA GPU and Unsloth installed, else TRL and PEFT", flag="--backend"
+    )
+    device: Literal["auto", "cuda", "cpu"] = option("auto", "auto: the GPU if there is one", flag="--device")
+    model: ModelPlan = Field(default_factory=ModelPlan, description="The model")
+    lora: LoraPlan = Field(default_factory=LoraPlan, description="The adapter")
+    sft: SFTPlan = Field(default_factory=SFTPlan, description="Stage SFT")
+    kto: KTOPlan = Field(default_factory=KTOPlan, description="Stage KTO")
+    evaluate: EvaluatePlan = Field(default_factory=EvaluatePlan, description="Evaluation after training")
+    tracking: TrackingPlan = Field(default_factory=TrackingPlan, description="External trackers")
+
+    @property
+    def training_stages(self) -> list[str]:
+        """``["sft"]``, ``["kto"]`` or both, in order."""
+        return self.method.split("-")
+
+    @property
+    def stages(self) -> list[str]:
+        """Every stage of the run, evaluation included, in order."""
+        return [*self.training_stages, *(["evaluate"] if self.evaluate.enabled else [])]
+
+    def stage(self, name: str) -> SFTPlan | KTOPlan:
+        """The settings of a training stage."""
+        return self.kto if name == "kto" else self.sft
+
+    @model_validator(mode="after")
+    def lengths_agree(self) -> "Plan":
+        if "kto" in self.training_stages and self.kto.max_prompt_length > self.kto.max_length:
+            raise ValueError("kto.max_prompt_length is larger than kto.max_length: no room would be left for an answer")
+        return self
+
+
+@dataclass(frozen=True)
+class Option:
+    """One leaf of the plan as the command line, the wizard and the documentation see it."""
+
+    path: str
+    field: FieldInfo
+    help: str
+    unit: str
+    flag: str | None
+    common: bool
+
+    @property
+    def kind(self) -> type:
+        """``bool``, ``int``, ``float``, ``str``, ``list`` or ``dict``."""
+        members = [member for member in _members(self.field.annotation) if member is not type(None)]
+        first = get_origin(members[0]) or members[0]
+        return first if isinstance(first, type) else str
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The words a literal option takes; empty for the others."""
+        found: list[str] = []
+        for member in _members(self.field.annotation):
+            if get_origin(member) is Literal:
+                found.extend(str(word) for word in get_args(member))
+        return tuple(found)
+
+    @property
+    def default(self) -> Any:
+        return self.field.get_default(call_default_factory=True)
+
+
+def _members(annotation: Any) -> tuple[Any, ...]:
+    """The members of a union, or the annotation alone; a Literal counts as ``str``."""
+    if get_origin(annotation) in (Union, UnionType):
+        return get_args(annotation)
+    return (annotation,)
+
+
+def options(section: type[Section] = Plan, prefix: str = "") -> Iterator[Option]:
+    """Every leaf option of the plan, depth first, with its dotted path."""
+    for name, field in section.model_fields.items():
+        path = f"{prefix}{name}"
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, Section):
+            yield from options(annotation, f"{path}.")
+            continue
+        extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+        flag = extra.get("flag")
+        yield Option(
+            path=path,
+            field=field,
+            help=field.description or "",
+            unit=str(extra.get("unit", "")),
+            flag=str(flag) if flag else None,
+            common=bool(extra.get("common")),
+        )

@@ -1,0 +1,270 @@
+"""The detached supervisor of one run: walks its stages, samples the GPU, records how each child ended.
+
+It runs in a session of its own, so that no terminal's end reaches it; each stage is a fresh interpreter, so that GPU
+memory is really freed in between. It imports no torch. Start one with `start`; the module itself is the process.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+import psutil
+
+from core import __version__, gpu
+from core.errors import FinetuiError
+from core.plan import TRAINING_STAGES, Plan
+from core.runs import Run, create_run, find_run, is_alive, process_lives, take_lock, write_holder
+
+LOCK_ENV = "FINETUI_LOCK_FD"
+EXIT_STOPPED = 75
+POLL_S = 0.2
+SAMPLE_S = 5.0
+ABORT_GRACE_S = 15.0
+CHILD_ENV = {
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "DO_NOT_TRACK": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONUNBUFFERED": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+}
+_started: list[subprocess.Popen[bytes]] = []
+
+__all__ = ["abort", "create_run", "find_run", "resume", "start"]
+
+
+def start(run: Run) -> int:
+    """Start the runner of `run` in a session of its own and return its process id.
+
+    The lock is taken here and inherited. Raises FinetuiError when the run is alive already.
+    """
+    handle = take_lock(run)
+    try:
+        for request in (run.stop_path, run.abort_path):
+            request.unlink(missing_ok=True)
+        with run.log_path.open("ab") as log:
+            process = _spawn([sys.executable, "-P", "-m", "core.runner", str(run.path)], run.path, log, handle)
+    except OSError as error:
+        raise FinetuiError(f"The runner of {run.name} cannot be started: {error}.", "Check disk and memory.") from error
+    finally:
+        os.close(handle)
+    _started[:] = [one for one in _started if one.poll() is None] + [process]
+    return process.pid
+
+
+def resume(run: Run) -> int:
+    """Start a run again that is not alive and not done. Raises FinetuiError."""
+    if is_alive(run):
+        raise FinetuiError(f"{run.name} is running already.", f"Watch it with `finetui watch {run.name}`.")
+    plan = run.plan()
+    if all(run.stage_done(stage) for stage in plan.stages):
+        raise FinetuiError(f"{run.name} is done: nothing is left to resume.", f"See `finetui show {run.name}`.")
+    return start(run)
+
+
+def abort(run: Run) -> None:
+    """End a run now. Where the runner itself is gone, its trainer's process group is ended from here."""
+    from core.runs import request_abort
+
+    request_abort(run)
+    holder = run.state().start
+    if not process_lives(holder.get("pid"), holder.get("pid_started")):
+        stage = run.state().current
+        if stage and process_lives(stage.pid, stage.pid_started) and stage.pid:
+            _end_group(stage.pid)
+        run.events.append("run_end", status="aborted", text="the runner was gone; its trainer was ended")
+
+
+def _spawn(command: list[str], folder: Path, log: IO[bytes], handle: int) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, **{key: os.environ.get(key, value) for key, value in CHILD_ENV.items()}}
+    environment[LOCK_ENV] = str(handle)
+    folder.mkdir(parents=True, exist_ok=True)
+    if os.name == "nt":
+        flags = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0) | getattr(subprocess, "CREATE_NO_WINDOW", 0)
+        return subprocess.Popen(
+            command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, creationflags=flags
+        )
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+        start_new_session=True, pass_fds=(handle,),
+    )  # fmt: skip
+
+
+def _end_group(pid: int, grace_s: float = ABORT_GRACE_S) -> None:
+    """End a child's process group: ask, wait, kill."""
+    if os.name == "nt":
+        with contextlib.suppress(psutil.Error):
+            children = psutil.Process(pid).children(recursive=True)
+            for process in [*children, psutil.Process(pid)]:
+                process.kill()
+        return
+    for number, patience in ((signal.SIGTERM, grace_s), (signal.SIGKILL, 5.0)):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(pid, number)
+        deadline = time.monotonic() + patience
+        while time.monotonic() < deadline:
+            try:
+                os.waitpid(pid, os.WNOHANG)
+            except ChildProcessError:
+                pass
+            try:
+                os.killpg(pid, 0)
+            except (ProcessLookupError, PermissionError):
+                return
+            time.sleep(0.05)
+
+
+class Runner:
+    """Walks the stages of one run; `walk` returns when the run has ended."""
+
+    def __init__(self, run: Run, plan: Plan, lock: int) -> None:
+        self.run, self.plan, self.lock = run, plan, lock
+        self.sampler = gpu.Sampler()
+        self.next_sample = 0.0
+
+    def stop_asked(self, *_: object) -> bool:
+        return self.run.stop_path.exists()
+
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        """SIGTERM (a shutdown, `docker stop`) is a wish to stop with a checkpoint."""
+        with contextlib.suppress(OSError):
+            self.run.stop_path.touch()
+
+    def walk(self) -> int:
+        """Run every stage that is not done yet. Returns the exit code of the run: 0 done or stopped, 1 failed."""
+        me = psutil.Process()
+        fresh = not any(self.run.stage_path(stage).exists() for stage in self.plan.stages)
+        self.run.events.append(
+            "run_start", version=__version__, python=sys.version.split()[0], host=os.uname().nodename if hasattr(os, "uname") else "",
+            pid=me.pid, pid_started=me.create_time(), resumed=not fresh,
+        )  # fmt: skip
+        base = ""
+        for index, stage in enumerate(self.plan.stages):
+            if not self.run.stage_done(stage):
+                if self.run.abort_path.exists():
+                    return self._end("aborted")
+                if self.stop_asked():
+                    return self._end("stopped")
+                outcome = self._stage(index, stage, base)
+                if outcome != "done":
+                    return self._end(outcome)
+            if stage in TRAINING_STAGES:
+                base = stage
+        return self._end("done")
+
+    def _end(self, status: str) -> int:
+        self.run.events.append("run_end", status=status)
+        for request in (self.run.stop_path, self.run.abort_path):
+            request.unlink(missing_ok=True)
+        return 1 if status == "failed" else 0
+
+    def _stage(self, index: int, stage: str, base: str) -> str:
+        module = "core.evaluate" if stage == "evaluate" else "core.train"
+        command = [sys.executable, "-P", "-m", module, str(self.run.path), stage, *([base] if base else [])]
+        position = self.run.log_path.stat().st_size if self.run.log_path.exists() else 0
+        with self.run.log_path.open("ab") as log:
+            child = _spawn(command, self.run.stage_path(stage), log, self.lock)
+        self.run.events.append(
+            "stage_start", index=index, name=stage, base=base, pid=child.pid, pid_started=_created(child.pid)
+        )
+        aborted = self._follow(child)
+        code = child.returncode
+        status = "aborted" if aborted else "stopped" if code == EXIT_STOPPED else "failed"
+        if code == 0 and not aborted:
+            status = "done" if self.run.stage_done(stage) else "failed"
+        output = self.run.stage_path(stage) if stage == "evaluate" else self.run.final_model(stage)
+        self.run.events.append(
+            "stage_end", index=index, name=stage, status=status, exit=_exit_words(code), exit_code=code,
+            output=str(output.relative_to(self.run.path)) if status == "done" else None,
+            log_tail=self._log_tail(position) if status == "failed" else None,
+        )  # fmt: skip
+        if status == "failed" and code < 0:
+            self._explain_signal(stage, -code)
+        return status
+
+    def _follow(self, child: subprocess.Popen[bytes]) -> bool:
+        """Wait for the child, sampling; True when it was ended on request."""
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(POLL_S)
+                return False
+            if self.run.abort_path.exists():
+                _end_group(child.pid)
+                child.wait()
+                return True
+            if time.monotonic() >= self.next_sample:
+                self.next_sample = time.monotonic() + SAMPLE_S
+                self._sample(child.pid)
+
+    def _sample(self, pid: int) -> None:
+        samples = self.sampler.sample([pid])
+        fields = gpu.sample_as_event(samples, [pid]) if samples else {}
+        with contextlib.suppress(psutil.Error):
+            process = psutil.Process(pid)
+            fields |= {"rss_bytes": process.memory_info().rss, "cpu_s": round(sum(process.cpu_times()[:2]), 1)}
+        fields["ram_available_bytes"] = psutil.virtual_memory().available
+        self.run.events.append("gpu", **fields)
+
+    def _explain_signal(self, stage: str, number: int) -> None:
+        advice = f"`finetui resume {self.run.name}` goes on from the newest checkpoint."
+        if number == getattr(signal, "SIGKILL", 9):
+            advice = f"If memory ran out, lower {stage}.batch_size or {stage}.max_length. {advice}"
+        self.run.events.append(
+            "error", stage=stage, type="Killed", message=f"The trainer was ended by {_exit_words(-number)}.", advice=advice
+        )
+
+    def _log_tail(self, position: int, lines: int = 20) -> str:
+        """The last lines this stage wrote to the log."""
+        try:
+            with self.run.log_path.open("rb") as stream:
+                stream.seek(max(position, self.run.log_path.stat().st_size - 20_000))
+                return "\n".join(deque(stream.read().decode("utf-8", "replace").splitlines(), lines))
+        except OSError:
+            return ""
+
+
+def _created(pid: int) -> float | None:
+    with contextlib.suppress(psutil.Error):
+        return psutil.Process(pid).create_time()
+    return None
+
+
+def _exit_words(code: int) -> str:
+    """An exit code for people: ``exit 1`` or ``SIGKILL``."""
+    if code >= 0:
+        return f"exit {code}"
+    with contextlib.suppress(ValueError):
+        return signal.Signals(-code).name
+    return f"signal {-code}"
+
+
+def main() -> int:
+    """The runner's process: ``python -P -m core.runner RUN``, with the lock inherited."""
+    run = Run(Path(sys.argv[1]))
+    inherited = os.environ.pop(LOCK_ENV, None)
+    lock = int(inherited) if inherited else take_lock(run)
+    write_holder(lock)
+    for name in ("SIGHUP", "SIGINT"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    try:
+        runner = Runner(run, run.plan(), lock)
+        if hasattr(signal, "SIGTERM"):
+            signal.signal(signal.SIGTERM, runner.on_signal)
+        return runner.walk()
+    except Exception as error:
+        advice = error.advice if isinstance(error, FinetuiError) else "See train.log."
+        run.events.append("error", stage="", type=type(error).__name__, message=str(error), advice=advice)
+        run.events.append("run_end", status="failed")
+        raise
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,371 @@
+"""The run directory: made, listed, found, locked, stopped, deleted; its status is computed and never stored.
+
+A run is alive while somebody holds the operating system's lock on ``RUN/lock``. The starter takes it, the runner and
+the trainer inherit it, so there is no moment between them at which a living run looks dead. Viewers probe with a shared
+lock. Where there is no ``flock`` (Windows) the process id and start time written into the file decide.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from core.config import Resolved, load_plan, save_plan
+from core.errors import FinetuiError
+from core.events import EventLog, RunState, parse_line, state_of
+from core.paths import writing_whole
+from core.plan import Plan
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+MANIFEST = "finetui-manifest.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run directory."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def events_path(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
+    def log_path(self) -> Path:
+        return self.path / "train.log"
+
+    @property
+    def plan_path(self) -> Path:
+        return self.path / "plan.yaml"
+
+    @property
+    def lock_path(self) -> Path:
+        return self.path / "lock"
+
+    @property
+    def stop_path(self) -> Path:
+        """Exists while a stop with checkpoint is asked for."""
+        return self.path / "stop"
+
+    @property
+    def abort_path(self) -> Path:
+        """Exists while an abort is asked for."""
+        return self.path / "abort"
+
+    @cached_property
+    def events(self) -> EventLog:
+        return EventLog(self.events_path)
+
+    def plan(self) -> Plan:
+        """The resolved plan this run was made with. Raises FinetuiError."""
+        return load_plan(self.plan_path)
+
+    def state(self) -> RunState:
+        """The run as its events tell it."""
+        return state_of(self.events_path)
+
+    def stage_path(self, stage: str) -> Path:
+        return self.path / stage
+
+    def final_model(self, stage: str) -> Path:
+        return self.stage_path(stage) / "final_model"
+
+    def stage_done(self, stage: str) -> bool:
+        """Whether the stage's output is there, whole."""
+        if stage == "evaluate":
+            return (self.stage_path(stage) / "report.json").is_file()
+        return is_complete(self.final_model(stage))
+
+    def newest_checkpoint(self, stage: str) -> Path | None:
+        """The complete checkpoint with the highest step, or None."""
+        return next(iter(complete_checkpoints(self.stage_path(stage) / "checkpoints")), None)
+
+
+def write_manifest(folder: Path) -> None:
+    """List every file of `folder` with its size in bytes, written last: the mark of a complete checkpoint or model."""
+    files = {
+        str(file.relative_to(folder)): file.stat().st_size
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file.name != MANIFEST
+    }
+    for file in files:
+        with (folder / file).open("rb") as stream:
+            os.fsync(stream.fileno())
+    with writing_whole(folder / MANIFEST) as stream:
+        json.dump({"files": files}, stream, indent=1)
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether `folder` has a manifest and every file in it has the size the manifest says."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        return bool(files) and all((folder / name).stat().st_size == size for name, size in files.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints of `folder`, newest step first."""
+    numbered = []
+    for path in folder.glob("checkpoint-*"):
+        step = path.name.removeprefix("checkpoint-")
+        if step.isdigit() and is_complete(path):
+            numbered.append((int(step), path))
+    return [path for _, path in sorted(numbered, reverse=True)]
+
+
+def create_run(folder: Path, resolved: Resolved) -> Run:
+    """Make the run's directory under `folder` with its plan and its first event.
+
+    Raises FinetuiError when the name is taken or not a plain name, or the folder cannot be written.
+    """
+    plan = resolved.plan
+    if plan.name is not None and not NAME.fullmatch(plan.name):
+        raise FinetuiError(
+            f"{plan.name[:60]!r} cannot name a run.", "Use letters, digits, '.', '_' and '-', a letter or digit first."
+        )
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    automatic = f"{stamp}-{plan.method}-{plan.model.size or _slug(plan.model.name)}"
+    path = folder / (plan.name or automatic)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for attempt in range(2, 100):
+            try:
+                path.mkdir(mode=0o700)
+                break
+            except FileExistsError:
+                if plan.name:
+                    raise FinetuiError(
+                        f"There is a run named {plan.name} already.", "Choose another --name, or delete that run."
+                    ) from None
+                path = folder / f"{automatic}-{attempt}"
+    except OSError as error:
+        raise FinetuiError(
+            f"No run can be made in {folder}: {error.strerror or error}.", "Choose another folder with --runs-dir."
+        ) from error
+    run = Run(path)
+    try:
+        save_plan(resolved, run.plan_path)
+        run.events.append(
+            "created", v=1, name=run.name, method=plan.method, model=plan.model.size or plan.model.name,
+            note=plan.note, stages=plan.stages, plan=resolved.fingerprint,
+        )  # fmt: skip
+    except (FinetuiError, OSError) as error:
+        shutil.rmtree(path, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise FinetuiError(f"No run can be made in {folder}: {error.strerror}.", "Free some space.") from error
+        raise
+    return run
+
+
+def _slug(name: str) -> str:
+    """The last part of a model's name in letters that a run name may hold."""
+    last = name.rstrip("/").rsplit("/", 1)[-1]
+    return re.sub(r"[^A-Za-z0-9.-]+", "-", last).strip("-.")[:40].lower() or "model"
+
+
+def list_runs(folder: Path) -> list[Run]:
+    """Every run under `folder`, newest first by its first event's time (the name's stamp as a fallback)."""
+    try:
+        entries = [entry for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False)]
+    except OSError:
+        return []
+    found = []
+    for entry in entries:
+        path = Path(entry.path)
+        with contextlib.suppress(OSError):
+            plan = os.stat(path / "plan.yaml")
+            found.append((plan.st_mtime, path.name, path))
+    return [Run(path) for _, _, path in sorted(found, reverse=True)]
+
+
+def find_run(folder: Path, reference: str) -> Run:
+    """The run with this name, unique prefix, or ``last``. Raises FinetuiError."""
+    runs = list_runs(folder)
+    if not runs:
+        raise FinetuiError(f"There are no runs in {folder}.", "Start one with `finetui demo` or `finetui sft`.")
+    if reference == "last":
+        return runs[0]
+    exact = [run for run in runs if run.name == reference]
+    matches = exact or [run for run in runs if run.name.startswith(reference)]
+    if not matches:
+        raise FinetuiError(f"There is no run {reference[:80]!r} in {folder}.", "`finetui runs` lists them.")
+    if len(matches) > 1:
+        names = ", ".join(run.name for run in matches[:3])
+        raise FinetuiError(f"{reference!r} fits {len(matches)} runs: {names} …", "Give more of the name.")
+    return matches[0]
+
+
+def take_lock(run: Run, patience_s: float = 1.0) -> int:
+    """Lock the run for a new runner and return the file descriptor; closing every copy of it releases the lock.
+
+    `patience_s` outlasts viewers that probe at the same moment. Raises FinetuiError when the run is alive.
+    """
+    refused = FinetuiError(f"{run.name} is running already.", f"Watch it with `finetui watch {run.name}`.")
+    handle = os.open(run.lock_path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
+    if fcntl is None:
+        if _holder_lives(run):
+            os.close(handle)
+            raise refused
+        return handle
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return handle
+        except OSError:
+            if time.monotonic() > deadline:
+                os.close(handle)
+                raise refused from None
+            time.sleep(0.02)
+
+
+def write_holder(handle: int) -> None:
+    """Put this process's id and start time into the lock file, for people and for systems without ``flock``."""
+    me = psutil.Process()
+    os.ftruncate(handle, 0)
+    os.lseek(handle, 0, os.SEEK_SET)
+    os.write(handle, json.dumps({"pid": me.pid, "started": me.create_time()}).encode())
+
+
+def _holder_lives(run: Run) -> bool:
+    try:
+        holder = json.loads(run.lock_path.read_text())
+        return process_lives(holder["pid"], holder["started"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def process_lives(pid: int | None, started: float | None) -> bool:
+    """Whether the process with this id is the one that started then: process ids are used again."""
+    if not pid or started is None:
+        return False
+    try:
+        process = psutil.Process(pid)
+        return abs(process.create_time() - started) < 2 and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def is_alive(run: Run) -> bool:
+    """Whether a runner or trainer of this run lives. Asks with a shared lock, so that viewers never mislead each other."""
+    if fcntl is None:
+        return _holder_lives(run)
+    try:
+        handle = os.open(run.lock_path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except OSError:
+        return True
+    finally:
+        os.close(handle)
+
+
+def status(run: Run, end_status: str | None) -> str:
+    """running, stopping, done, failed, stopped, aborted or crashed. `end_status` is what the log ends with, if it does."""
+    if is_alive(run):
+        return "stopping" if run.stop_path.exists() or run.abort_path.exists() else "running"
+    return end_status or "crashed"
+
+
+def request_stop(run: Run) -> None:
+    """Ask a living run to save a checkpoint at the next step and end as ``stopped``. Raises FinetuiError."""
+    _request(run, run.stop_path)
+
+
+def request_abort(run: Run) -> None:
+    """Ask a living run to end now, without a new checkpoint. Raises FinetuiError."""
+    _request(run, run.abort_path)
+
+
+def _request(run: Run, path: Path) -> None:
+    if not is_alive(run):
+        raise FinetuiError(f"{run.name} is not running.", "`finetui runs` shows what is.")
+    with writing_whole(path) as stream:
+        stream.write("")
+
+
+def delete_run(run: Run) -> None:
+    """Remove the run's directory. Raises FinetuiError for a living run."""
+    handle = take_lock(run, patience_s=0.3)
+    try:
+        if run.path.is_symlink():
+            raise FinetuiError(f"{run.name} is a link to another place.", "Remove the link by hand.")
+        shutil.rmtree(run.path)
+    except OSError as error:
+        raise FinetuiError(f"{run.name} cannot be deleted: {error.strerror}.", "Check its permissions.") from error
+    finally:
+        os.close(handle)
+
+
+def summary(run: Run, tail_bytes: int = 65_536) -> dict[str, Any]:
+    """What the history shows of a run, from the head and the tail of its log: cheap for a thousand runs.
+
+    Keys: name, status, method, model, note, created, started (unix seconds or None), duration_s, stage, step, loss, margin.
+    """
+    state = RunState(name=run.name)
+    for event in _ends(run.events_path, tail_bytes):
+        state.fold(event)
+    current = state.current
+    now = status(run, state.end_status)
+    begun = state.started or state.created
+    until = time.time() if now in ("running", "stopping") else state.ended or _modified(run.events_path)
+    training = [stage for stage in state.stages if stage.series]
+    return {
+        "name": run.name,
+        "status": now,
+        "method": state.method,
+        "model": state.model,
+        "note": state.note,
+        "created": state.created,
+        "started": state.started,
+        "duration_s": round(until - begun, 1) if begun and until else None,
+        "stage": current.name if current else None,
+        "step": current.step if current else 0,
+        "loss": next((stage.last("loss") for stage in reversed(training) if stage.last("loss") is not None), None),
+        "margin": next((m for stage in reversed(training) if (m := stage.last("rewards/margins")) is not None), None),
+    }
+
+
+def _modified(path: Path) -> float | None:
+    with contextlib.suppress(OSError):
+        return path.stat().st_mtime
+    return None
+
+
+def _ends(path: Path, tail_bytes: int) -> Iterator[dict[str, Any]]:
+    """Events of the log's head and tail; the middle of a long log is passed over."""
+    try:
+        with path.open("rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            head = stream.read(min(size, 8192 if size > tail_bytes + 8192 else size))
+            lines = head.splitlines() if len(head) == size else head.splitlines()[:-1]
+            if len(head) < size:
+                stream.seek(size - tail_bytes)
+                lines += stream.read().splitlines()[1:]
+    except OSError:
+        return
+    for line in lines:
+        if (event := parse_line(line)) is not None:
+            yield event

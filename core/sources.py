@@ -1,0 +1,174 @@
+"""Where a plan's model and rows really lie: a folder, the Hub, the demo, an earlier run. No torch.
+
+Hub downloads happen here, in whatever process asks; `hub_file` and `demo_model` keep what they fetched in a cache.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from core.errors import FinetuiError
+from core.paths import cache_dir, runs_dir
+from core.plan import DataPlan, ModelPlan
+
+DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
+Notify = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """What to load: `base` is a folder or Hub id; `adapter` a folder whose LoRA goes on top, or None."""
+
+    base: str
+    adapter: Path | None = None
+
+    @property
+    def local(self) -> bool:
+        return Path(self.base).is_dir()
+
+
+def model_source(model: ModelPlan, notify: Notify, *, fetch: bool = True) -> ModelSource:
+    """Find the model of a plan. With `fetch` False nothing is downloaded or converted.
+
+    Raises FinetuiError for a folder without safetensors weights, an unknown run, or a name that is neither.
+    """
+    name = model.name
+    if name == DEMO_MODEL and not model.revision:
+        from core.smollm import FOLDER_NAME, demo_model
+
+        folder = cache_dir() / FOLDER_NAME
+        return ModelSource(str(demo_model(cache_dir(), notify) if fetch else folder))
+    if name.startswith("run:"):
+        name = str(_run_output(name.removeprefix("run:")))
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return _folder_source(folder.absolute())
+    if name.startswith((".", "/", "~")) or name.count("/") != 1 or not all(name.split("/")):
+        raise FinetuiError(
+            f"There is no model folder {name!r}." if name else "No model is named.",
+            "Give a Hub id as OWNER/NAME, a folder, or run:NAME.",
+        )
+    return ModelSource(name)
+
+
+def _run_output(reference: str) -> Path:
+    from core.runs import find_run
+
+    run = find_run(runs_dir(), reference)
+    finished = [stage for stage in ("kto", "sft") if run.stage_done(stage)]
+    if not finished:
+        raise FinetuiError(f"Run {run.name} has no finished model.", f"Resume it: finetui resume {run.name}.")
+    return run.final_model(finished[0])
+
+
+def _folder_source(folder: Path) -> ModelSource:
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file():
+        if not (folder / "adapter_model.safetensors").is_file():
+            raise FinetuiError(f"{folder} holds an adapter without adapter_model.safetensors.", "Save it again.")
+        base = str(read_json(adapter).get("base_model_name_or_path") or "")
+        if Path(base).is_dir() or (base.count("/") == 1 and not base.startswith("/")):
+            return ModelSource(base, folder)
+        raise FinetuiError(f"The base model of the adapter {folder} is gone: {base or 'not named'}.", "Put it back.")
+    if not (folder / "config.json").is_file():
+        raise FinetuiError(f"{folder} holds no model (no config.json).", "Give a folder saved by save_pretrained.")
+    if any(folder.glob("*.safetensors")):
+        return ModelSource(str(folder))
+    if any(file.suffix in PICKLES for file in folder.iterdir()):
+        raise FinetuiError(
+            f"{folder} has its weights as pickle only, which can run code when read.",
+            "Convert it to safetensors first.",
+        )
+    raise FinetuiError(f"{folder} holds a config.json and no weights.", "Put its *.safetensors files beside it.")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises FinetuiError."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise FinetuiError(f"{path} cannot be read as JSON.", "Download or save it again.") from error
+    if not isinstance(found, dict):
+        raise FinetuiError(f"{path} is not a JSON object.", "Download or save it again.")
+    return found
+
+
+def data_files(data: DataPlan, stage: str, notify: Notify) -> list[Path]:
+    """The files of a stage's rows, fetched where they are on the Hub, made where they are the demo's.
+
+    Raises FinetuiError when no source or more than one is named.
+    """
+    named = [bool(data.file), bool(data.dataset), data.demo]
+    if sum(named) != 1:
+        raise FinetuiError(
+            f"{stage}: {'no' if not any(named) else 'more than one'} data source is named.",
+            "Give --local-file FILE, or --dataset-name OWNER/NAME with --dataset-file FILE.",
+        )
+    if data.demo:
+        files = demo_files()
+        return [files[stage]]
+    if data.file:
+        return [Path(data.file).expanduser().absolute()]
+    return _hub_files(data, notify)
+
+
+def demo_files() -> dict[str, Path]:
+    """The demo's files by what they are for: sft, kto, evaluate, tuning. Made once in the cache."""
+    from core.demo import write_demo_data
+
+    files = write_demo_data(cache_dir() / "demo")
+    return {"sft": files.sft, "kto": files.kto, "evaluate": files.heldout, "tuning": files.tuning}
+
+
+def _hub_files(data: DataPlan, notify: Notify) -> list[Path]:
+    import huggingface_hub
+
+    repository = data.dataset or ""
+    try:
+        names = [data.dataset_file] if data.dataset_file else []
+        if not names:
+            listed = huggingface_hub.list_repo_files(repository, repo_type="dataset", token=hub_token())
+            found = [name for name in listed if name.lower().endswith(DATA_SUFFIXES)]
+            names = found if len(found) == 1 else [name for name in found if data.split in name]
+            if not names:
+                raise FinetuiError(
+                    f"{repository} has {len(found)} data files and none is named for the split {data.split!r}.",
+                    f"Choose one with --dataset-file: {', '.join(found[:5])}" if found else "It has no readable file.",
+                )
+        notify(f"fetching {', '.join(names[:3])} of {repository}")
+        fetched = [
+            huggingface_hub.hf_hub_download(repository, name, repo_type="dataset", token=hub_token()) for name in names
+        ]
+    except FinetuiError:
+        raise
+    except Exception as error:  # the hub client raises many kinds; each is "cannot be had" to the person
+        raise FinetuiError(f"The data set {repository} cannot be fetched: {hub_reason(error)}.", HUB_ADVICE) from error
+    return [Path(path) for path in fetched]
+
+
+HUB_ADVICE = "Check the name and the network; a private one needs HF_TOKEN in the environment."
+
+
+def hub_token() -> str | None:
+    """The Hub's token from the environment; None lets the Hub's own login decide."""
+    return os.environ.get("HF_TOKEN") or None
+
+
+def hub_reason(error: Exception) -> str:
+    """A Hub error in a few words, without addresses or tokens."""
+    words = {
+        "RepositoryNotFoundError": "there is no such repository, or it is private",
+        "GatedRepoError": "it is gated: accept its terms on the Hub first",
+        "EntryNotFoundError": "there is no such file in it",
+        "RemoteEntryNotFoundError": "there is no such file in it",
+        "RevisionNotFoundError": "there is no such revision",
+        "HFValidationError": "the name is not of the form OWNER/NAME",
+        "LocalEntryNotFoundError": "the Hub cannot be reached and it is not in the cache",
+        "OfflineModeIsEnabled": "offline mode is on and it is not in the cache",
+    }
+    return words.get(type(error).__name__, f"the Hub cannot be reached ({type(error).__name__})")

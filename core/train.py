@@ -1,0 +1,268 @@
+"""One training stage in a process of its own: ``python -P -m core.train RUN STAGE [BASE_STAGE]``.
+
+Load, prepare, train, save: straight lines. SFT and KTO share what is the same. Run by core.runner, never by hand.
+"""
+
+import json
+import logging
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+if os.environ.get("FINETUI_BACKEND") == "unsloth":
+    import unsloth  # noqa: F401  (must come before trl and transformers: it replaces their trainers)
+import torch
+from datasets import Dataset
+from trl import KTOConfig, SFTConfig
+
+from core.chat import Template
+from core.errors import FinetuiError
+from core.plan import KTOPlan, Plan, SFTPlan, StagePlan
+from core.prepare import StageData, kto_weights, planned_steps, prepare
+from core.runner import EXIT_STOPPED
+from core.runs import Run, write_manifest
+from core.sources import ModelSource, model_source
+from core.train_events import EventCallback, Reporter, Stopped
+from core.train_kto import kto_trainer_class, sft_trainer_class
+from core.train_model import Loaded, load_model
+
+PADDING_FREE_TOKENS = 8192
+OWNED = {
+    "output_dir", "per_device_train_batch_size", "max_length", "packing", "padding_free", "report_to", "save_strategy",
+    "save_steps", "push_to_hub", "remove_unused_columns", "dataset_kwargs", "bf16", "fp16", "use_cpu", "beta",
+    "train_sampling_strategy", "resume_from_checkpoint", "hub_token",
+}  # fmt: skip
+
+
+def main() -> int:
+    """Returns 0 when the stage is done, 1 when it failed, EXIT_STOPPED after a stop with checkpoint."""
+    run, stage, base = Run(Path(sys.argv[1])), sys.argv[2], (sys.argv[3] if len(sys.argv) > 3 else "")
+    reporter = Reporter(run, stage)
+    try:
+        return EXIT_STOPPED if train_stage(run, run.plan(), stage, base, reporter) else 0
+    except Stopped:
+        return EXIT_STOPPED
+    except BaseException as error:
+        reporter.failure(error)
+        logging.getLogger(__name__).exception("the stage failed")
+        return 1
+
+
+def train_stage(run: Run, plan: Plan, name: str, base: str, reporter: Reporter) -> bool:
+    """Train one stage and save its model. Returns True when it was stopped before its last step."""
+    stage = plan.stage(name)
+    folder = run.stage_path(name)
+    with reporter.phase("load", plan.model.name):
+        source = model_source(plan.model, reporter.detail)
+        if base:
+            source = ModelSource(source.base, run.final_model(base))
+        loaded = load_model(plan, source, stage)
+        for text in loaded.template.notices:
+            reporter.notice(text)
+    with reporter.phase("tokenize"):
+        data = prepare(stage, name, loaded.template, reporter.detail, _progress(reporter))
+        _store_report(folder, data)
+    checkpoint = run.newest_checkpoint(name)
+    build = kto_trainer if isinstance(stage, KTOPlan) else sft_trainer
+    with reporter.phase("prepare"):
+        trainer = build(plan, stage, loaded, data, folder, reporter)  # type: ignore[arg-type]
+        _drop_incomplete(folder, keep=checkpoint)
+    steps = planned_steps(stage, name, len(data.training.examples))
+    reporter.event("totals", steps=steps, batch=stage.effective_batch, resumed_step=_step_of(checkpoint),
+                   trainable=sum(p.numel() for p in loaded.model.parameters() if p.requires_grad), **data.report())  # fmt: skip
+    with reporter.phase("train", f"from step {_step_of(checkpoint)}" if checkpoint else ""):
+        reporter.in_training = True
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        reporter.in_training = False
+    if trainer.state.global_step < trainer.state.max_steps:
+        return True
+    with reporter.phase("save"):
+        save_final(loaded, run.final_model(name))
+    return False
+
+
+def _progress(reporter: Reporter) -> Any:
+    return lambda what, done, total: reporter.event(
+        "phase", name=reporter.phase_name, detail=f"{what} {done}{f' of {total}' if total else ''} rows"
+    )
+
+
+def _store_report(folder: Path, data: StageData) -> None:
+    from core.paths import writing_whole
+
+    with writing_whole(folder / "data.json") as stream:
+        json.dump(data.report(), stream, indent=1, ensure_ascii=False)
+
+
+def _step_of(checkpoint: Path | None) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0
+
+
+def _drop_incomplete(folder: Path, keep: Path | None) -> None:
+    """Remove checkpoints newer than the one resumed from: they are incomplete."""
+    for other in (folder / "checkpoints").glob("checkpoint-*"):
+        if other.name.removeprefix("checkpoint-").isdigit() and _step_of(other) > _step_of(keep):
+            shutil.rmtree(other, ignore_errors=True)
+
+
+def arguments(plan: Plan, stage: StagePlan, folder: Path, run_name: str) -> dict[str, Any]:
+    """What SFTConfig and KTOConfig share, from the plan."""
+    return {
+        "output_dir": str(folder / "checkpoints"),
+        "per_device_train_batch_size": stage.batch_size,
+        "per_device_eval_batch_size": max(stage.batch_size, 2),
+        "gradient_accumulation_steps": stage.gradient_accumulation_steps,
+        "learning_rate": stage.learning_rate,
+        "num_train_epochs": stage.num_train_epochs,
+        "max_steps": stage.max_steps,
+        "warmup_steps": stage.warmup_ratio,
+        "lr_scheduler_type": stage.lr_scheduler_type,
+        "max_grad_norm": stage.max_grad_norm,
+        "weight_decay": stage.weight_decay,
+        "optim": stage.optim,
+        "gradient_checkpointing": stage.gradient_checkpointing == "on",
+        "logging_steps": stage.logging_steps,
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "steps",
+        "save_steps": stage.save_steps,
+        "save_total_limit": None,
+        "eval_strategy": "steps" if stage.data.holdout > 0 else "no",
+        "eval_steps": stage.eval_steps or stage.save_steps,
+        "seed": stage.seed,
+        "bf16": plan.device == "cuda" and plan.model.dtype == "bf16",
+        "fp16": plan.device == "cuda" and plan.model.dtype == "fp16",
+        "use_cpu": plan.device == "cpu",
+        "dataloader_num_workers": 0,
+        "dataloader_pin_memory": plan.device == "cuda",
+        "report_to": plan.tracking.report_to or "none",
+        "run_name": plan.tracking.run_name or run_name,
+        "project": plan.tracking.project or "finetui",
+        "disable_tqdm": True,
+        **checked_extra(stage),
+    }
+
+
+def checked_extra(stage: StagePlan) -> dict[str, Any]:
+    """The plan's extra TRL arguments. Raises FinetuiError for a name TRL does not have or finetui sets itself."""
+    import dataclasses
+    import difflib
+
+    config = KTOConfig if isinstance(stage, KTOPlan) else SFTConfig
+    known = {field.name for field in dataclasses.fields(config)}
+    for name in stage.extra:
+        if name in OWNED:
+            raise FinetuiError(f"extra.{name} is set by finetui itself.", "Use the plan's own option for it.")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            advice = f"Did you mean {near[0]}?" if near else "See TRL's documentation."
+            raise FinetuiError(f"{config.__name__} has no argument {name!r}.", advice)
+    return stage.extra
+
+
+def sft_trainer(plan: Plan, stage: SFTPlan, loaded: Loaded, data: StageData, folder: Path, reporter: Reporter) -> Any:
+    """TRL's SFTTrainer on our own ids and labels, without padding where attention keeps the rows apart."""
+    free = _padding_free(plan, stage, loaded, data, reporter)
+    config = SFTConfig(
+        **arguments(plan, stage, folder, reporter.run.name),
+        max_length=None,
+        packing=False,
+        padding_free=free,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
+    trainer_class = sft_trainer_class()
+    trainer_class.stage = stage  # type: ignore[attr-defined]
+    return trainer_class(
+        model=loaded.model,
+        processing_class=loaded.tokenizer,
+        args=config,
+        train_dataset=sft_dataset(data.training),
+        eval_dataset=sft_dataset(data.held_out) if data.held_out else None,
+        callbacks=[EventCallback(reporter, stage.save_total_limit)],
+    )
+
+
+def _padding_free(plan: Plan, stage: SFTPlan, loaded: Loaded, data: StageData, reporter: Reporter) -> bool:
+    """Whether rows may stand end to end: only where attention keeps them apart, and its mask does not grow too large."""
+    implementation = getattr(loaded.model.config, "_attn_implementation", "sdpa")
+    lengths = sorted((len(example.tokens.input_ids) for example in data.training.examples), reverse=True)
+    widest = sum(lengths[: stage.batch_size])
+    flash = "flash" in implementation
+    if stage.padding_free != "auto":
+        if stage.padding_free == "on" and not (flash or implementation == "sdpa"):
+            raise FinetuiError(
+                f"With {implementation} attention rows laid end to end would see each other.",
+                "Use sft.padding_free: auto, or another model.attention.",
+            )
+        return stage.padding_free == "on"
+    if flash or plan.backend == "unsloth" or (implementation == "sdpa" and widest <= PADDING_FREE_TOKENS):
+        return True
+    reporter.notice(f"Batches are padded: {implementation} attention over {widest} tokens end to end would cost more.")
+    return False
+
+
+def sft_dataset(ledger: Any) -> Dataset:
+    """Columns input_ids and labels, one row an example."""
+    return Dataset.from_dict(
+        {
+            "input_ids": [example.tokens.input_ids for example in ledger.examples],
+            "labels": [example.tokens.labels for example in ledger.examples],
+        }
+    )
+
+
+def kto_trainer(plan: Plan, stage: KTOPlan, loaded: Loaded, data: StageData, folder: Path, reporter: Reporter) -> Any:
+    """TRL's KTOTrainer on our own ids, batches and weights."""
+    desirable, undesirable = kto_weights(stage, data.labels)
+    reporter.notice(
+        f"KTO weights: desirable {desirable:g}, undesirable {undesirable:g} "
+        f"({data.labels[True]} good and {data.labels[False]} bad rows)."
+    )
+    config = KTOConfig(
+        **arguments(plan, stage, folder, reporter.run.name),
+        max_length=None,
+        beta=stage.beta,
+        desirable_weight=desirable,
+        undesirable_weight=undesirable,
+        train_sampling_strategy="sequential",
+    )
+    trainer_class = kto_trainer_class()
+    trainer_class.stage = stage  # type: ignore[attr-defined]
+    return trainer_class(
+        model=loaded.model,
+        processing_class=loaded.tokenizer,
+        args=config,
+        train_dataset=kto_dataset(data.training),
+        eval_dataset=kto_dataset(data.held_out) if data.held_out else None,
+        callbacks=[EventCallback(reporter, stage.save_total_limit)],
+    )
+
+
+def kto_dataset(ledger: Any) -> Dataset:
+    """Columns prompt_ids, completion_ids, label and prompt_key, one row an example."""
+    return Dataset.from_dict(
+        {
+            "prompt_ids": [example.prompt_ids for example in ledger.examples],
+            "completion_ids": [example.completion_ids for example in ledger.examples],
+            "label": [bool(example.row.label) for example in ledger.examples],
+            "prompt_key": [example.row.prompt_key for example in ledger.examples],
+        }
+    )
+
+
+def save_final(loaded: Loaded, folder: Path) -> None:
+    """The adapter ``default``, the tokenizer and its template, whole: built beside and renamed."""
+    temporary = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(temporary, ignore_errors=True)
+    loaded.model.save_pretrained(str(temporary), selected_adapters=["default"], safe_serialization=True)
+    loaded.tokenizer.save_pretrained(str(temporary))
+    write_manifest(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(max(torch.get_num_threads(), 1))
+    sys.exit(main())

@@ -1,0 +1,188 @@
+"""Load the model and its tokenizer, with Unsloth or with transformers and PEFT, and put the adapter on."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+
+from core.chat import Template, set_template
+from core.errors import FinetuiError
+from core.plan import Plan, StagePlan
+from core.sources import HUB_ADVICE, ModelSource, hub_reason, hub_token
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass
+class Loaded:
+    """A model with its LoRA adapter called ``default``, and its tokenizer with the template probed."""
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    template: Template
+
+
+def load_tokenizer(plan: Plan, source: ModelSource) -> tuple[PreTrainedTokenizerBase, Template, str]:
+    """The tokenizer with pad token and chat template, its probed template, and where the template comes from.
+
+    An adapter's own tokenizer files win over the base's. Raises FinetuiError.
+    """
+    beside = source.adapter if source.adapter and (source.adapter / "tokenizer_config.json").is_file() else None
+    place: Any = {"token": hub_token(), "trust_remote_code": plan.model.trust_remote_code}
+    if not source.local:
+        place["revision"] = plan.model.revision
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(beside or source.base), **({} if beside else place))
+        config = AutoConfig.from_pretrained(source.base, **place).to_dict()
+    except Exception as error:
+        raise unreadable(source, error) from error
+    origin = set_template(tokenizer, plan.model.chat_template, config)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer, Template.of(tokenizer), origin
+
+
+def unreadable(source: ModelSource, error: Exception) -> FinetuiError:
+    """The error for a model that cannot be read, from a folder or from the Hub."""
+    text = " ".join(str(error).split())
+    if "trust_remote_code" in text:
+        return FinetuiError(
+            f"{source.base} comes with its own Python code.",
+            "If you trust its author: --set model.trust_remote_code=true.",
+        )
+    if source.local:
+        return FinetuiError(f"The model in {source.base} cannot be read: {text[:160]}", "Download or save it again.")
+    return FinetuiError(f"The model {source.base} cannot be had: {hub_reason(error.__cause__ or error)}.", HUB_ADVICE)
+
+
+def load_model(plan: Plan, source: ModelSource, stage: StagePlan) -> Loaded:
+    """Load model and tokenizer and put the adapter on: the source's own, else a new one of the plan's shape."""
+    tokenizer, template, _ = load_tokenizer(plan, source)
+    torch.manual_seed(plan.lora.seed)
+    model = _unsloth(plan, source, stage) if plan.backend == "unsloth" else _peft(plan, source)
+    return Loaded(model, tokenizer, template)
+
+
+def _peft(plan: Plan, source: ModelSource) -> Any:
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    base = load_base(plan, source)
+    if source.adapter:
+        return PeftModel.from_pretrained(base, str(source.adapter), is_trainable=True)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=plan.lora.r,
+        lora_alpha=plan.lora.alpha,
+        lora_dropout=plan.lora.dropout,
+        target_modules=plan.lora.target_modules,
+        bias="none",
+    )
+    try:
+        return get_peft_model(base, config)
+    except ValueError as error:
+        raise FinetuiError(
+            f"The adapter does not fit this model: {str(error)[:160]}", "Check lora.target_modules."
+        ) from error
+
+
+def load_base(plan: Plan, source: ModelSource) -> Any:
+    """The bare model on its device; safetensors only."""
+    cuda = plan.device == "cuda"
+    arguments: dict[str, Any] = {
+        "dtype": DTYPES[plan.model.dtype],
+        "attn_implementation": "sdpa" if plan.model.attention == "auto" else plan.model.attention,
+        "use_safetensors": True,
+        "trust_remote_code": plan.model.trust_remote_code,
+        "token": hub_token(),
+    }
+    if not source.local:
+        arguments["revision"] = plan.model.revision
+    if cuda:
+        arguments["device_map"] = {"": 0}
+    if plan.model.load_in_4bit and not _quantised(source):
+        arguments["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=DTYPES[plan.model.dtype],
+        )
+    try:
+        return AutoModelForCausalLM.from_pretrained(source.base, **arguments)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise unreadable(source, error) from error
+
+
+def _quantised(source: ModelSource) -> bool:
+    """Whether the stored weights are quantised already."""
+    config = AutoConfig.from_pretrained(source.base, token=hub_token())
+    return getattr(config, "quantization_config", None) is not None
+
+
+def _unsloth(plan: Plan, source: ModelSource, stage: StagePlan) -> Any:
+    from unsloth import FastLanguageModel
+
+    checkpointing = "unsloth" if stage.gradient_checkpointing == "on" else False
+    place: dict[str, Any] = {"token": hub_token(), "trust_remote_code": plan.model.trust_remote_code}
+    if plan.model.revision and not source.local:
+        place["revision"] = plan.model.revision
+    try:
+        model, _ = FastLanguageModel.from_pretrained(
+            source.base,
+            max_seq_length=stage.max_length,
+            dtype=DTYPES[plan.model.dtype],
+            load_in_4bit=plan.model.load_in_4bit,
+            **place,
+        )
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise unreadable(source, error) from error
+    shape = _adapter_shape(plan, source.adapter)
+    model = FastLanguageModel.get_peft_model(
+        model, use_gradient_checkpointing=checkpointing, random_state=plan.lora.seed, bias="none", **shape
+    )
+    if source.adapter:
+        load_adapter_weights(model, source.adapter)
+    return model
+
+
+def _adapter_shape(plan: Plan, adapter: Path | None) -> dict[str, Any]:
+    """LoRA's shape: from the adapter that is continued, else from the plan."""
+    if adapter is None:
+        return {
+            "r": plan.lora.r,
+            "lora_alpha": plan.lora.alpha,
+            "lora_dropout": plan.lora.dropout,
+            "target_modules": plan.lora.target_modules,
+        }
+    from peft import LoraConfig
+
+    config = LoraConfig.from_pretrained(str(adapter))
+    targets = config.target_modules
+    return {
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "lora_dropout": config.lora_dropout,
+        "target_modules": sorted(targets) if isinstance(targets, set) else targets,
+    }
+
+
+def load_adapter_weights(model: Any, folder: Path) -> None:
+    """Put the weights saved in `folder` into the adapter ``default`` of a PEFT model. Raises when any is missing."""
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    outcome = set_peft_model_state_dict(
+        model, load_file(str(folder / "adapter_model.safetensors")), adapter_name="default"
+    )
+    missing = [name for name in outcome.missing_keys if ".default." in name and "lora_" in name]
+    if missing or outcome.unexpected_keys:
+        raise FinetuiError(
+            f"The adapter in {folder} does not fit the model ({len(missing)} weights missing, "
+            f"{len(outcome.unexpected_keys)} too many).",
+            "It was made with another base or LoRA shape.",
+        )
