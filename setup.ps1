@@ -11,7 +11,8 @@ param(
 $ErrorActionPreference = "Stop"
 Set-Location $PSScriptRoot
 
-$Torch = "2.13.0"
+$CpuTorch = "2.13.0"
+$GpuTorch = "2.11.0"
 $Venv = Join-Path $PSScriptRoot ".venv"
 $Python = Join-Path $Venv "Scripts\python.exe"
 $Finetui = Join-Path $Venv "Scripts\finetui.exe"
@@ -88,10 +89,10 @@ if ($Installed) {
     if ($Gpu) {
         # PyPI's torch for Windows is a CPU build; PyTorch's own index has those for CUDA.
         Say "Installing torch for CUDA 13.0 (some gigabytes)."
-        Invoke-Pip install -q --extra-index-url "https://download.pytorch.org/whl/cu130" "torch==$Torch"
+        Invoke-Pip install -q --extra-index-url "https://download.pytorch.org/whl/cu130" "torch==$GpuTorch"
     } else {
-        Say "Installing torch $Torch for the CPU."
-        Invoke-Pip install -q "torch==$Torch"
+        Say "Installing torch $CpuTorch for the CPU."
+        Invoke-Pip install -q "torch==$CpuTorch"
     }
     Say "Installing finetui and its packages: $Target"
     Invoke-Pip install -q -e $Target

@@ -2,7 +2,7 @@
 # Makes .venv beside this file and installs finetui into it. Safe to run again: what is there is kept.
 set -euo pipefail
 
-TORCH=2.13.0  # the version tried on a CPU; on a GPU the packages of the extra "gpu" choose theirs
+CPU_TORCH=2.13.0 GPU_TORCH=2.11.0 # what was tried on each; PyPI's 2.11.0 is built for CUDA 13.0
 CPU_INDEX=https://download.pytorch.org/whl/cpu
 
 usage() {
@@ -102,12 +102,12 @@ make_venv() {
 install_cpu_torch() {
     local reach="import urllib.request as u; u.urlopen(u.Request('$CPU_INDEX/torch/', method='HEAD'), timeout=4)"
     if [ "$(uname -s)" != Linux ]; then
-        pip_install "torch==$TORCH"
+        pip_install "torch==$CPU_TORCH"
     elif timeout 6 "$python" -c "$reach" >/dev/null 2>&1; then
-        pip_install --extra-index-url "$CPU_INDEX" "torch==$TORCH"
+        pip_install --extra-index-url "$CPU_INDEX" "torch==$CPU_TORCH"
     else
         say "$CPU_INDEX is out of reach; the usual index may bring the large CUDA build, which runs on a CPU too."
-        pip_install "torch==$TORCH"
+        pip_install "torch==$CPU_TORCH"
     fi
 }
 
@@ -117,7 +117,7 @@ if [ -z "$device" ]; then
 fi
 extras=${dev:+dev}
 if [ "$device" = gpu ]; then extras=${extras:+$extras,}gpu; fi
-stamp="$(cat pyproject.toml core/__init__.py | cksum) $here [$extras] $device ${flash:+flash-attn}"
+stamp="$(cat setup.sh pyproject.toml core/__init__.py | cksum) $here [$extras] $device ${flash:+flash-attn}"
 
 if ! healthy; then
     [ ! -e "$venv" ] || note ".venv is broken, was moved or is too old; it is made anew."
@@ -129,13 +129,13 @@ if [ -x "$venv/bin/finetui" ] && [ "$(cat "$stamp_file" 2>/dev/null)" = "$stamp"
 else
     rm -f "$stamp_file"
     if [ "$device" = cpu ]; then
-        say "Installing torch $TORCH for the CPU (about 200 MB)."
+        say "Installing torch $CPU_TORCH for the CPU (about 200 MB)."
         install_cpu_torch
-    elif "$python" -m pip list 2>/dev/null | grep -q '^torch .*+cpu'; then
-        say "Removing the CPU build of torch."
-        "$python" -m pip uninstall -q -y torch
+    else
+        say "Installing torch $GPU_TORCH for CUDA (some gigabytes)."
+        pip_install "torch==$GPU_TORCH"
     fi
-    say "Installing finetui and its packages${extras:+ with the extras $extras} (a minute; for a GPU some gigabytes)."
+    say "Installing finetui and its packages${extras:+, with the extras $extras} (about a minute)."
     pip_install -e ".${extras:+[$extras]}"
     if [ -n "$flash" ]; then
         say "Compiling flash-attn (many minutes)."

@@ -82,9 +82,10 @@ def abort(run: Run) -> None:
         run.events.append("run_end", status="aborted", text="the runner was gone; its trainer was ended")
 
 
-def _spawn(command: list[str], folder: Path, log: IO[bytes], handle: int) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, **{key: os.environ.get(key, value) for key, value in CHILD_ENV.items()}}
-    environment[LOCK_ENV] = str(handle)
+def _spawn(
+    command: list[str], folder: Path, log: IO[bytes], handle: int, **more: str
+) -> subprocess.Popen[bytes]:
+    environment = {**CHILD_ENV, **os.environ, **more, LOCK_ENV: str(handle)}
     folder.mkdir(parents=True, exist_ok=True)
     if os.name == "nt":
         flags = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0) | getattr(subprocess, "CREATE_NO_WINDOW", 0)
@@ -170,7 +171,7 @@ class Runner:
         command = [sys.executable, "-P", "-m", module, str(self.run.path), stage, *([base] if base else [])]
         position = self.run.log_path.stat().st_size if self.run.log_path.exists() else 0
         with self.run.log_path.open("ab") as log:
-            child = _spawn(command, self.run.stage_path(stage), log, self.lock)
+            child = _spawn(command, self.run.stage_path(stage), log, self.lock, FINETUI_BACKEND=self.plan.backend)
         self.run.events.append(
             "stage_start", index=index, name=stage, base=base, pid=child.pid, pid_started=_created(child.pid)
         )

@@ -1,0 +1,216 @@
+"""The commands without the app: ``finetui sft|kto|sft-kto|demo|runs|show|watch|stop|abort|resume|delete|check|doctor|plan``.
+
+The flags of the training commands are made from the plan. This module owns standard error and exit codes: 0 done,
+1 the run failed, 2 bad usage, plan or data, 3 no device or no room, 130 interrupted.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from core import __version__
+from core.errors import FinetuiError
+from core.plan import METHODS, Option, options
+
+# Shared flags that would set SFT and KTO to the same value where that cannot be meant.
+ONE_STAGE_ONLY = {"--learning-rate": "learning_rate"}
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are FinetuiErrors with a way forward."""
+
+    def error(self, message: str) -> NoReturn:
+        raise FinetuiError(f"{self.prog}: {message}.", f"`{self.prog} --help` lists what there is.")
+
+
+def flags_of(method: str | None) -> dict[str, list[Option]]:
+    """Every flag with the options it sets for `method`; None takes the options of all methods."""
+    stages = method.split("-") if method else ["sft", "kto"]
+    found: dict[str, list[Option]] = {}
+    for option in options():
+        section = option.path.split(".")[0]
+        if option.flag and (section not in ("sft", "kto") or section in stages):
+            found.setdefault(option.flag, []).append(option)
+    return found
+
+
+def add_plan_flags(parser: argparse.ArgumentParser, method: str | None) -> None:
+    """The plan's flags, in three groups, and the ones that reach into it by another name."""
+    parser.add_argument("--config", type=Path, metavar="FILE", help="a plan in YAML; flags win over it")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key of the plan")
+    parser.add_argument("--runs-dir", type=Path, metavar="DIR", help="folder of the runs (default: ./runs or $FINETUI_RUNS)")
+    parser.add_argument("--output-dir", type=Path, metavar="DIR", help="this run's own directory, must not exist")
+    parser.add_argument("--wandb", action="store_true", help="report to Weights & Biases (key from WANDB_API_KEY)")
+    parser.add_argument("--hf-token", metavar="TOKEN", help="handed on in the environment; better: set HF_TOKEN")
+    parser.add_argument("--resume-from-checkpoint", metavar="RUN", help="same as `finetui resume RUN`")
+    parser.add_argument("--on-end", metavar="COMMAND", help=argparse.SUPPRESS)
+    group = parser.add_argument_group("options of the plan (see also --set)")
+    for flag, targets in flags_of(method).items():
+        first = targets[0]
+        named: dict[str, Any] = {"dest": f"plan{flag}", "default": None, "help": _help(targets)}
+        if flag == "--split-dataset":
+            named |= {"nargs": "?", "const": "0.1", "metavar": "SHARE"}
+        elif first.kind is bool:
+            named |= {"action": argparse.BooleanOptionalAction}
+        elif first.kind is list:
+            named |= {"action": "append", "choices": first.choices or None}
+        else:
+            metavar = first.unit.upper().rstrip("S") or {int: "N", float: "X"}.get(first.kind, "TEXT")
+            named |= {"choices": first.choices} if first.choices else {"metavar": metavar}
+        group.add_argument(flag, **named)
+
+
+def _help(targets: list[Option]) -> str:
+    unit = f" [{targets[0].unit}]" if targets[0].unit else ""
+    return f"{targets[0].help}{unit}".replace("%", "%%")
+
+
+def settings_of(arguments: argparse.Namespace, method: str) -> dict[str, tuple[Any, str]]:
+    """What the command line sets, as dotted path to (value, source). Raises FinetuiError."""
+    from core.config import parse_setting
+
+    settings: dict[str, tuple[Any, str]] = {}
+    for flag, targets in flags_of(method).items():
+        value = getattr(arguments, f"plan{flag}", None)
+        if value is None:
+            continue
+        if flag in ONE_STAGE_ONLY and len(targets) > 1:
+            key = ONE_STAGE_ONLY[flag]
+            raise FinetuiError(
+                f"{flag} would give SFT and KTO the same value, and KTO needs a far gentler one.",
+                f"Use --set sft.{key}=… and --set kto.{key}=….",
+            )
+        for target in targets:
+            settings[target.path] = (value, f"flag {flag}")
+    for text in arguments.set:
+        path, value = parse_setting(text)
+        settings[path] = (value, "flag --set")
+    if arguments.wandb:
+        reported = settings.get("tracking.report_to", ([], ""))[0]
+        settings["tracking.report_to"] = (sorted({*reported, "wandb"}), "flag --wandb")
+    for stage in method.split("-"):
+        named = any(settings.get(f"{stage}.data.{key}", (None, ""))[0] for key in ("file", "dataset"))
+        if named and f"{stage}.data.demo" not in settings:
+            settings[f"{stage}.data.demo"] = (False, "own data given")
+    return settings
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="finetui", description="Fine-tune language models: SFT, KTO, SFT→KTO. Without arguments: the app.")
+    parser.add_argument("--version", action="version", version=f"finetui {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+    for method in METHODS:
+        command = commands.add_parser(method, help=f"train: {method.upper().replace('-', '→')}")
+        add_plan_flags(command, method)
+        _following(command)
+    command = commands.add_parser("demo", help="SFT and KTO of a small real model on tool calling, scored at the end")
+    add_plan_flags(command, "sft-kto")
+    _following(command)
+    command = commands.add_parser("plan", help="print the resolved plan as YAML and do nothing else")
+    command.add_argument("method", choices=METHODS)
+    add_plan_flags(command, None)
+    for name, text in (
+        ("show", "what a run was, did and produced"), ("watch", "follow a run; leaving does not stop it"),
+        ("stop", "save a checkpoint and end"), ("abort", "end now"), ("resume", "go on from the newest checkpoint"),
+        ("delete", "remove a run's directory"),
+    ):  # fmt: skip
+        command = commands.add_parser(name, help=text)
+        command.add_argument("run", metavar="RUN", help="name, unique prefix, or `last`")
+        command.add_argument("--runs-dir", type=Path, metavar="DIR", help="folder of the runs")
+        if name in ("show", "watch"):
+            command.add_argument("--json", action="store_true", help="JSON instead of text")
+        if name == "resume":
+            command.add_argument("--detach", action="store_true", help="do not follow it")
+            command.add_argument("--json", action="store_true", help="print events as JSON lines")
+        if name == "delete":
+            command.add_argument("--yes", action="store_true", help="do not ask")
+    command = commands.add_parser("runs", help="the history")
+    command.add_argument("--runs-dir", type=Path, metavar="DIR", help="folder of the runs")
+    command.add_argument("--json", action="store_true", help="JSON instead of a table")
+    command = commands.add_parser("check", help="what a data file holds, and which rows would be left out")
+    command.add_argument("file", type=Path, metavar="FILE")
+    command.add_argument("--method", choices=("sft", "kto"), required=True)
+    command.add_argument("--include-undesirable", action="store_true", help="SFT: count rows labelled false as used")
+    command.add_argument("--json", action="store_true", help="JSON, with every row left out")
+    command = commands.add_parser("doctor", help="what is installed, GPU, driver, disk, hub access, WSL2")
+    command.add_argument("--json", action="store_true", help="JSON instead of a table")
+    return parser
+
+
+def _following(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--detach", action="store_true", help="start and return; `finetui watch` follows")
+    command.add_argument("--json", action="store_true", help="print events as JSON lines")
+    command.add_argument(
+        "--dry-run", nargs="?", const="data", choices=("data", "load"), metavar="load",
+        help="check plan and data and say what would happen; =load also loads the model",
+    )  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The ``finetui`` command. Returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if not words:
+            return _app()
+        arguments = build_parser().parse_args(words)
+        return _dispatch(arguments)
+    except FinetuiError as error:
+        from core.text import clean
+
+        print(f"finetui: {clean(error.message)}", file=sys.stderr)
+        if error.advice:
+            print(f"  {clean(error.advice)}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _app() -> int:
+    """The full-screen app, in a process that becomes it: the core does not import the app."""
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise FinetuiError("The app needs a terminal.", "Without one use the commands: `finetui --help`.")
+    command = [sys.executable, "-P", "-m", "tui"]
+    if os.name == "nt":
+        import subprocess
+
+        return subprocess.call(command)
+    os.execv(sys.executable, command)
+
+
+def _dispatch(arguments: argparse.Namespace) -> int:
+    from core import commands
+
+    name = arguments.command
+    if name is None:
+        return _app()
+    if name in (*METHODS, "demo"):
+        return commands.train(arguments, "sft-kto" if name == "demo" else name, demo=name == "demo")
+    if name == "plan":
+        print(commands.resolved(arguments, arguments.method).as_yaml(), end="")
+        return 0
+    return int(getattr(commands, name)(arguments))
+
+
+def take_token(arguments: argparse.Namespace) -> None:
+    """Move ``--hf-token`` into the environment of this process and its children, and out of the arguments."""
+    if arguments.hf_token:
+        os.environ["HF_TOKEN"] = arguments.hf_token
+        arguments.hf_token = None
+
+
+def print_json(value: Any) -> None:
+    with contextlib.suppress(BrokenPipeError):
+        print(json.dumps(value, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,259 @@
+"""What each command does. Every function takes the parsed arguments and returns an exit code."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from core import runner
+from core.backend import gpu_present, settle
+from core.cli import print_json, settings_of, take_token
+from core.config import Resolved, resolve
+from core.errors import FinetuiError
+from core.paths import configs_dir, runs_dir
+from core.plan import Plan
+from core.runs import Run, create_run, delete_run, find_run, list_runs, request_stop, summary
+from core.sources import data_files, model_source
+from core.text import clean
+from core.watch import console, follow, runs_table, show_run
+
+
+def resolved(arguments: argparse.Namespace, method: str, *, demo: bool = False) -> Resolved:
+    """The plan these arguments make, checked and settled for this machine. Raises FinetuiError."""
+    take_token(arguments)
+    config = arguments.config or (configs_dir() / "demo.yaml" if demo else None)
+    settings = settings_of(arguments, method)
+    if arguments.output_dir:
+        target = arguments.output_dir.expanduser().absolute()
+        arguments.runs_dir = target.parent
+        settings["name"] = (target.name, "flag --output-dir")
+    found = resolve(method, config, settings, gpu_present=gpu_present())
+    for stage in found.plan.training_stages:
+        data = found.plan.stage(stage).data
+        if data.file:
+            data.file = str(Path(data.file).expanduser().absolute())
+    if found.plan.evaluate.file:
+        found.plan.evaluate.file = str(Path(found.plan.evaluate.file).expanduser().absolute())
+    return settle(found)
+
+
+def train(arguments: argparse.Namespace, method: str, *, demo: bool = False) -> int:
+    """``finetui sft|kto|sft-kto|demo``: check, start a detached run, follow it."""
+    if arguments.resume_from_checkpoint:
+        reference = Path(arguments.resume_from_checkpoint)
+        arguments.run = next((part.parent.name for part in [reference, *reference.parents] if part.name in ("sft", "kto")),
+                             reference.name)  # fmt: skip
+        return resume(arguments)
+    plan = resolved(arguments, method, demo=demo)
+    if arguments.runs_dir:
+        os.environ["FINETUI_RUNS"] = str(runs_dir(arguments.runs_dir))
+    notices = preflight(plan.plan)
+    if arguments.dry_run:
+        return dry_run(plan, arguments, notices)
+    run = create_run(runs_dir(arguments.runs_dir), plan)
+    runner.start(run)
+    return _after_start(run, arguments, notices)
+
+
+def _after_start(run: Run, arguments: argparse.Namespace, notices: list[str] | None = None) -> int:
+    if arguments.json and arguments.detach:
+        print_json({"run": run.name, "path": str(run.path)})
+        return 0
+    if not arguments.json:
+        out = console()
+        for notice in notices or []:
+            out.print(clean(notice), style="yellow", markup=False, highlight=False)
+        out.print(f"Run {run.name} started in {run.path}", markup=False, highlight=False)
+        if arguments.detach:
+            out.print(f"Follow it with: finetui watch {run.name}", markup=False, highlight=False)
+            return 0
+    return follow(run, as_json=arguments.json, ask=not arguments.json)
+
+
+def preflight(plan: Plan) -> list[str]:
+    """Look at model and data before a run is made, so that bad input costs seconds. Returns notices.
+
+    Raises FinetuiError for what would fail later: no such file, broken rows, one label, no weights, no disk.
+    """
+    from core.data import read_rows
+
+    source = model_source(plan.model, lambda text: None, fetch=False)
+    notices = []
+    for stage in plan.training_stages:
+        settings = plan.stage(stage)
+        if settings.data.dataset:
+            continue
+        for path in data_files(settings.data, stage, lambda text: None):
+            rows = read_rows(path, stage, include_undesirable=settings.data.include_undesirable,
+                             max_rows=settings.data.max_rows)  # fmt: skip
+            if rows.left_out:
+                reasons = "; ".join(f"{count} × {reason}" for reason, count in rows.reasons().most_common(3))
+                notices.append(f"{stage.upper()}: {len(rows.left_out)} of {rows.total} rows are left out: {reasons}")
+    if plan.method == "kto" and not source.adapter and not plan.model.name.startswith("run:"):
+        notices.append("KTO alone from a model that was not fine-tuned here: SFT first usually works better.")
+    if plan.evaluate.enabled and plan.evaluate.file:
+        read_rows(Path(plan.evaluate.file), "sft")
+    elif plan.evaluate.enabled:
+        last = plan.stage(plan.training_stages[-1]).data
+        if not last.demo and not last.holdout:
+            raise FinetuiError("There are no held-out prompts to answer.", "Give --eval-file FILE or --split-dataset.")
+    return notices
+
+
+def dry_run(plan: Resolved, arguments: argparse.Namespace, notices: list[str]) -> int:
+    """Say what would happen. A child tokenises (and with ``load`` loads the model); no run is made."""
+    import tempfile
+
+    from core.config import save_plan
+
+    with tempfile.TemporaryDirectory(prefix="finetui-") as folder:
+        save_plan(plan, Path(folder) / "plan.yaml")
+        command = [sys.executable, "-P", "-m", "core.train_dry", folder, arguments.dry_run]
+        environment = {**runner.CHILD_ENV, **os.environ, "FINETUI_BACKEND": plan.plan.backend}
+        child = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
+    lines = child.stdout.strip().splitlines()
+    try:
+        report = json.loads(lines[-1])
+    except (ValueError, IndexError):
+        raise FinetuiError(
+            "The dry run died.", (child.stderr.strip().splitlines() or ["No word from it."])[-1][:300], exit_code=1
+        ) from None
+    if "error" in report:
+        raise FinetuiError(report["error"], report["advice"], exit_code=report.get("exit_code", 2))
+    if arguments.json:
+        print_json({**report, "notices": notices})
+        return 0
+    out = console()
+    for notice in notices:
+        out.print(clean(notice), style="yellow", markup=False, highlight=False)
+    for line in report["text"]:
+        out.print(clean(line), markup=False, highlight=False)
+    out.print("Nothing was started.", markup=False)
+    return 0
+
+
+def runs(arguments: argparse.Namespace) -> int:
+    """``finetui runs``"""
+    folder = runs_dir(arguments.runs_dir)
+    found = [summary(run) for run in list_runs(folder)]
+    if arguments.json:
+        print_json(found)
+    elif not found:
+        console().print(f"No runs in {folder}. Start one with `finetui demo`.", markup=False, highlight=False)
+    else:
+        console().print(runs_table(found))
+    return 0
+
+
+def _run(arguments: argparse.Namespace) -> Run:
+    return find_run(runs_dir(arguments.runs_dir), arguments.run)
+
+
+def show(arguments: argparse.Namespace) -> int:
+    """``finetui show RUN``"""
+    run = _run(arguments)
+    if arguments.json:
+        state = run.state()
+        print_json({
+            **summary(run), "path": str(run.path), "result": state.result, "errors": state.errors,
+            "notices": state.notices, "nonfinite": state.nonfinite,
+            "stages": [
+                {"name": s.name, "state": s.state, "step": s.step, "total_steps": s.total_steps, "output": s.output,
+                 "checkpoints": s.checkpoints, "totals": s.totals, "seconds": s.phase_seconds}
+                for s in state.stages
+            ],
+        })  # fmt: skip
+    else:
+        show_run(console(), run)
+    return 0
+
+
+def watch(arguments: argparse.Namespace) -> int:
+    """``finetui watch RUN``"""
+    return follow(_run(arguments), as_json=arguments.json, ask=False)
+
+
+def stop(arguments: argparse.Namespace) -> int:
+    """``finetui stop RUN``"""
+    run = _run(arguments)
+    request_stop(run)
+    print(f"{run.name} will save a checkpoint at the next step and stop. Resume it with: finetui resume {run.name}")
+    return 0
+
+
+def abort(arguments: argparse.Namespace) -> int:
+    """``finetui abort RUN``"""
+    run = _run(arguments)
+    runner.abort(run)
+    print(f"{run.name} is being ended. Resume it from its newest checkpoint with: finetui resume {run.name}")
+    return 0
+
+
+def resume(arguments: argparse.Namespace) -> int:
+    """``finetui resume RUN``"""
+    run = _run(arguments)
+    runner.resume(run)
+    return _after_start(run, arguments)
+
+
+def delete(arguments: argparse.Namespace) -> int:
+    """``finetui delete RUN``"""
+    run = _run(arguments)
+    if not arguments.yes:
+        if not sys.stdin.isatty():
+            raise FinetuiError(f"Deleting {run.name} needs a yes.", "Add --yes.")
+        if input(f"Delete {run.path} with its models? [y/N] ").strip().lower() not in ("y", "yes"):
+            print("Kept.")
+            return 0
+    delete_run(run)
+    print(f"{run.name} is deleted.")
+    return 0
+
+
+def check(arguments: argparse.Namespace) -> int:
+    """``finetui check FILE --method sft|kto``"""
+    from core.data import class_weights, read_rows
+
+    rows = read_rows(arguments.file, arguments.method, include_undesirable=arguments.include_undesirable)
+    labels = {str(label).lower(): count for label, count in rows.labels.items()}
+    if arguments.json:
+        print_json({
+            "file": rows.file, "rows": rows.total, "used": len(rows.used), "labels": labels,
+            "left_out": [vars(entry) for entry in rows.left_out], "repaired": [vars(entry) for entry in rows.repaired],
+        })  # fmt: skip
+        return 0
+    out = console()
+
+    def say(text: str, style: str = "") -> None:
+        out.print(clean(text), markup=False, highlight=False, style=style)
+
+    say(f"{rows.file}: {rows.total} rows, {len(rows.used)} examples for {arguments.method.upper()}")
+    if set(labels) != {"none"}:
+        say(f"labels: {', '.join(f'{count} {label}' for label, count in sorted(labels.items()))}")
+    if arguments.method == "kto":
+        desirable, undesirable = class_weights(rows.labels[True], rows.labels[False])
+        say(f"weights: desirable {desirable:g}, undesirable {undesirable:g}")
+    for what, entries in (("left out", rows.left_out), ("repaired", rows.repaired)):
+        by_reason: dict[str, list[int]] = {}
+        for entry in entries:
+            by_reason.setdefault(entry.reason, []).append(entry.line)
+        for reason, lines in sorted(by_reason.items(), key=lambda item: -len(item[1])):
+            shown = ", ".join(str(line) for line in lines[:8]) + (" …" if len(lines) > 8 else "")
+            say(f"{what}: {len(lines)} × {reason} (line {shown})", "yellow")
+    say("Nothing is left out." if not rows.left_out else f"Every line: finetui check {arguments.file} "
+        f"--method {arguments.method} --json")  # fmt: skip
+    return 0
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    """``finetui doctor``"""
+    from core import doctor as room
+
+    found = room.checks()
+    if arguments.json:
+        print(room.as_json(found))
+    else:
+        room.print_report(console(), found)
+    return 1 if room.worst(found) == "fail" else 0

@@ -1,0 +1,290 @@
+"""Follow a run in a plain terminal, a pipe, or as JSON lines; print the history and one run."""
+
+import json
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from core.events import Event, EventTail, RunState, StageState
+from core.runs import Run, is_alive, request_stop, status, summary
+from core.text import clean, duration, number
+
+POLL_S = 0.5
+GLYPHS = {
+    "running": "●", "stopping": "◐", "done": "✔", "failed": "✘", "stopped": "■", "aborted": "■", "crashed": "✘",
+    "waiting": "○",
+}  # fmt: skip
+STYLES = {"running": "cyan", "stopping": "yellow", "done": "green", "failed": "red", "crashed": "red"}
+MARKS = ("format", "tool", "arguments", "exact")
+
+
+def console(stderr: bool = False) -> Console:
+    """A Rich console that honours NO_COLOR and pipes."""
+    return Console(stderr=stderr, soft_wrap=True)
+
+
+def follow(run: Run, *, as_json: bool = False, ask: bool = False) -> int:
+    """Print what happens until the run ends, and return its exit code.
+
+    On a terminal a progress bar, else plain lines; with `as_json` every event. Ctrl-C leaves the run going; with
+    `ask` it asks whether to stop it with a checkpoint.
+    """
+    view = _Json() if as_json else _Bar() if sys.stdout.isatty() else _Plain()
+    tail, state = EventTail(run.events_path), RunState(name=run.name)
+    while True:
+        try:
+            with view:
+                alive = True
+                while alive:
+                    alive = is_alive(run)
+                    _catch_up(tail, state, view)
+                    if alive:
+                        time.sleep(POLL_S)
+            break
+        except KeyboardInterrupt:
+            if not _go_on(run, ask):
+                return 130
+    end = status(run, state.end_status)
+    if not as_json:
+        show_end(console(), run, state, end)
+    return 0 if end in ("done", "stopped") else 1
+
+
+def _catch_up(tail: EventTail, state: RunState, view: "_View") -> None:
+    while events := tail.read():
+        for event in events:
+            state.fold(event)
+            view.show(event, state)
+    view.tick(state)
+
+
+def _go_on(run: Run, ask: bool) -> bool:
+    """After Ctrl-C: whether to keep following. Leaving is the default and never harms the run."""
+    if not (ask and sys.stdin.isatty()):
+        print(f"\nLeft. {run.name} goes on; watch it with: finetui watch {run.name}", file=sys.stderr)
+        return False
+    try:
+        answer = input("\n[s]top with a checkpoint, [l]eave it running, or [c]ontinue watching? [l] ").strip().lower()
+    except (EOFError, KeyboardInterrupt):
+        answer = ""
+    if answer.startswith("s"):
+        request_stop(run)
+        print("Stopping at the next step …")
+        return True
+    if answer.startswith("c"):
+        return True
+    print(f"{run.name} goes on; watch it with: finetui watch {run.name}")
+    return False
+
+
+class _View:
+    """What `follow` shows events with."""
+
+    def __enter__(self) -> "_View":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def show(self, event: Event, state: RunState) -> None:
+        pass
+
+    def tick(self, state: RunState) -> None:
+        pass
+
+
+class _Json(_View):
+    def show(self, event: Event, state: RunState) -> None:
+        print(json.dumps(event, ensure_ascii=False), flush=True)
+
+
+def line_of(event: Event, state: RunState) -> str:
+    """One plain line for an event, or "" for those that people need not see."""
+    kind = event["kind"]
+    stage = str(event.get("stage") or event.get("name") or "")
+    if kind == "stage_start":
+        return f"{stage.upper()}: started" + (f" from {event['base']}" if event.get("base") else "")
+    if kind == "phase" and "seconds" not in event:
+        return f"{stage}: {event.get('name')} {event.get('detail', '')}".rstrip()
+    if kind == "totals" and event.get("examples"):
+        resumed = f", from step {event['resumed_step']}" if event.get("resumed_step") else ""
+        return (
+            f"{stage}: {event['examples']} examples, {event.get('tokens', 0):,} tokens, {event.get('left_out', 0)} rows left out, "
+            f"{event.get('steps')} steps of {event.get('batch')}{resumed}"
+        )
+    if kind == "log" and "loss" in event:
+        return f"{stage}: {metrics_line(state.stage(stage))}"
+    if kind == "eval":
+        shown = {k: v for k, v in event.items() if k in ("eval_loss", "eval_rewards/margins")}
+        return f"{stage}: step {event.get('step')}  " + "  ".join(f"{k} {number(v)}" for k, v in shown.items())
+    if kind == "checkpoint":
+        return f"{stage}: checkpoint at step {event.get('step')}"
+    if kind in ("notice", "error"):
+        word = "error: " if kind == "error" else ""
+        text = event.get("text") or event.get("message") or ""
+        return f"{stage}: {word}{text} {event.get('advice') or ''}".rstrip()
+    if kind == "stage_end":
+        return f"{stage}: {event.get('status')}" + (f" ({event.get('exit')})" if event.get("status") == "failed" else "")
+    return ""
+
+
+def metrics_line(stage: StageState) -> str:
+    """Step, loss or margin, pace and ETA of a stage."""
+    parts = [f"step {stage.step}/{stage.total_steps}"]
+    loss, margin = stage.last("loss"), stage.last("rewards/margins")
+    if stage.series.get("loss"):
+        newest = stage.series["loss"][-1][1]
+        parts.append(f"loss {'not finite' if newest is None else number(loss)}")
+    if margin is not None:
+        parts.append(f"margin {number(margin, 3)}  kl {number(stage.last('kl'), 3)}")
+    if (rate := stage.last("tokens_per_s")) is not None:
+        parts.append(f"{number(rate)} tokens/s")
+    if stage.eta_s is not None and stage.state == "running":
+        parts.append(f"{duration(stage.eta_s)} left")
+    return "  ".join(parts)
+
+
+class _Plain(_View):
+    """Plain lines, one an event, for pipes and dumb terminals."""
+
+    def __init__(self) -> None:
+        self.last = ""
+
+    def show(self, event: Event, state: RunState) -> None:
+        line = clean(line_of(event, state))
+        if line and line != self.last:
+            print(line, flush=True)
+            self.last = line
+
+
+class _Words(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(str(task.fields.get("words", "")))
+
+
+class _Bar(_View):
+    """A line of progress under the lines that stay."""
+
+    def __enter__(self) -> "_Bar":
+        self.progress = Progress(
+            TextColumn("{task.description:<9}"), BarColumn(24), _Words(), refresh_per_second=2, console=console()
+        )
+        self.tasks: dict[str, Any] = {}
+        self.last = ""
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def show(self, event: Event, state: RunState) -> None:
+        line = clean(line_of(event, state))
+        quiet = event["kind"] == "log" or (event["kind"] == "phase" and "seconds" not in event)
+        if line and not quiet and line != self.last:
+            self.last = line
+            style = "red" if event["kind"] == "error" else "yellow" if event.get("level") == "warning" else "dim"
+            self.progress.console.print(Text(line, style=style), highlight=False)
+
+    def tick(self, state: RunState) -> None:
+        for stage in state.stages:
+            if stage.state == "waiting":
+                continue
+            if stage.name not in self.tasks:
+                self.tasks[stage.name] = self.progress.add_task(stage.name.upper(), total=None)
+            working = stage.phase in ("train", "generate") or stage.state != "running"
+            words = metrics_line(stage) if working and stage.step else f"{stage.phase} {stage.detail}"
+            self.progress.update(
+                self.tasks[stage.name],
+                total=stage.total_steps or None,
+                completed=stage.total_steps if stage.state == "done" else stage.step,
+                words=clean(words, 120),
+            )
+
+
+def runs_table(found: list[dict[str, Any]]) -> Table:
+    """The history as a table; every cell is plain text."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("status", "run", "method", "model", "started", "took", "loss", "margin"):
+        table.add_column(column, no_wrap=column != "run", overflow="fold")
+    for row in found:
+        started = time.strftime("%d %b %H:%M", time.localtime(row["started"])) if row["started"] else "–"
+        cells = [
+            f"{GLYPHS.get(row['status'], '?')} {row['status']}", row["name"], row["method"], row["model"], started,
+            duration(row["duration_s"]), number(row["loss"]), number(row["margin"], 3),
+        ]  # fmt: skip
+        table.add_row(*(Text(clean(cell, 60), style=STYLES.get(row["status"], "") if not i else "") for i, cell in
+                        enumerate(cells)))  # fmt: skip
+    return table
+
+
+def result_table(result: Event) -> Table:
+    """The evaluation's table: how many held-out prompts each model answered rightly, with 95 % intervals."""
+    names = {"base": "base model", "start": "start", "sft": "after SFT", "kto": "after KTO"}
+    table = Table(box=None, pad_edge=False, title=f"{result.get('prompts')} held-out prompts", title_justify="left")
+    table.add_column("")
+    for mark in ("format", "right tool", "arguments", "all three"):
+        table.add_column(mark, justify="right")
+    for variant, marks in result.get("table", {}).items():
+        cells = []
+        for mark in MARKS:
+            entry = marks.get(mark, {})
+            hits, total = entry.get("hits", 0), entry.get("total", 0) or 1
+            cells.append(f"{hits}/{total} {100 * hits / total:3.0f} % [{100 * entry.get('low', 0):.0f}–{100 * entry.get('high', 0):.0f}]")
+        table.add_row(Text(clean(names.get(variant, variant), 30)), *(Text(cell) for cell in cells))
+    return table
+
+
+def show_end(out: Console, run: Run, state: RunState, end: str) -> None:
+    """How a run ended, what it produced, and the next step."""
+
+    def say(text: str, style: str = "") -> None:
+        out.print(Text(clean(text, newlines=False), style=style), highlight=False)
+
+    say(f"{GLYPHS.get(end, '?')} {run.name}: {end}", STYLES.get(end, "bold"))
+    if state.result:
+        out.print(result_table(state.result))
+    for stage in state.stages:
+        if stage.output and stage.state == "done":
+            say(f"{stage.name}: {run.path / stage.output}")
+    if end in ("failed", "crashed"):
+        for error in state.errors[-1:]:
+            say(f"{error.get('message', '')[:600]}", "red")
+            say(f"{error.get('advice', '')}")
+        say(f"Log: {run.log_path}")
+    if end in ("failed", "crashed", "stopped", "aborted"):
+        say(f"Resume: finetui resume {run.name}")
+
+
+def show_run(out: Console, run: Run) -> None:
+    """Everything worth knowing about one run."""
+    state = run.state()
+    head = summary(run)
+
+    def say(text: str, style: str = "") -> None:
+        out.print(Text(clean(text), style=style), highlight=False)
+
+    say(f"{GLYPHS.get(head['status'], '?')} {run.name}: {head['status']}", STYLES.get(head["status"], "bold"))
+    say(f"{state.method} of {state.model}, {duration(head['duration_s'])}, in {run.path}")
+    if state.note:
+        say(f"note: {state.note}")
+    for stage in state.stages:
+        taken = duration((stage.ended or time.time()) - stage.started) if stage.started else "–"
+        say(f"  {GLYPHS.get(stage.state, '?')} {stage.name:<9} {stage.state:<8} {taken:>12}   "
+            f"{metrics_line(stage) if stage.series.get('loss') else stage.detail}")  # fmt: skip
+        totals = stage.totals
+        if totals.get("examples"):
+            say(f"      {totals['examples']} examples of {totals.get('rows')} rows, {totals.get('left_out', 0)} left out, "
+                f"{totals.get('tokens', 0):,} tokens, {totals.get('trained_tokens', 0):,} of them trained")  # fmt: skip
+        for reason, count in list((totals.get("left_out_reasons") or {}).items())[:3]:
+            say(f"      left out: {count} × {reason}")
+        if stage.output:
+            say(f"      {run.path / stage.output}")
+    for notice in state.notices[-6:]:
+        say(f"  {notice.get('text', '')} {notice.get('advice', '')}".rstrip(), "yellow")
+    show_end(out, run, state, head["status"])
+

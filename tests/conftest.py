@@ -1,0 +1,153 @@
+"""Fixtures: the demo model, a tiny model that trains in seconds, real runs in temporary folders."""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from core import runner
+from core.backend import gpu_present, settle
+from core.config import resolve
+from core.paths import cache_dir
+from core.runs import Run, create_run, is_alive
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def quiet_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Tests never write into the checkout's runs, never report anywhere, and look the same on every terminal."""
+    monkeypatch.setenv("FINETUI_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
+    monkeypatch.setenv("FINETUI_CACHE", str(cache_dir()))
+    for name in ("HF_TOKEN", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="session")
+def demo_model_dir() -> Path:
+    """SmolLM2-135M-Instruct, fetched and converted once into the cache."""
+    from core.smollm import demo_model
+
+    return demo_model(cache_dir(), print)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(demo_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of 3.4 M random parameters with the demo model's tokenizer and template: trains a step in milliseconds."""
+    import shutil
+
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny") / "tiny-llama"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=49152, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
+        pad_token_id=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        if (demo_model_dir / name).exists():
+            shutil.copy(demo_model_dir / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(demo_model_dir: Path) -> Any:
+    """The demo model's tokenizer, loaded once."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(demo_model_dir)
+
+
+@pytest.fixture
+def rows_file(tmp_path: Path) -> Callable[..., Path]:
+    """Writes rows as JSONL and returns the path; without rows, forty labelled tool calls over ten prompts."""
+
+    def write(rows: list[Any] | None = None, name: str = "rows.jsonl") -> Path:
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in (default_rows() if rows is None else rows)))
+        return path
+
+    return write
+
+
+def default_rows() -> list[dict[str, Any]]:
+    """Forty rows, half of them good, four to a prompt."""
+    rows = []
+    for number in range(40):
+        minutes, good = number % 10, number % 20 < 10
+        answer = f'tool_call: set_timer\narguments: {{"minutes": {minutes + (0 if good else number)}}}'
+        rows.append(
+            {
+                "conversations": [
+                    {"role": "user", "content": f"Set a timer for {minutes} minutes"},
+                    {"role": "assistant", "content": answer},
+                ],
+                "label": good,
+            }
+        )
+    return rows
+
+
+MakeRun = Callable[..., Run]
+
+
+@pytest.fixture
+def make_run(tmp_path: Path, tiny_model: Path, rows_file: Callable[..., Path]) -> Iterator[MakeRun]:
+    """Makes a run of the tiny model that has not been started; a keyword `sft__max_steps=3` sets a key of the plan."""
+    made: list[Run] = []
+
+    def make(method: str = "sft", **settings: Any) -> Run:
+        values: dict[str, Any] = {"model.name": str(tiny_model), "lora.r": 8, "device": "cpu"}
+        for stage in method.split("-"):
+            values |= {
+                f"{stage}.data.file": str(rows_file()),
+                f"{stage}.data.demo": False,
+                f"{stage}.max_steps": 6,
+                f"{stage}.logging_steps": 1,
+                f"{stage}.save_steps": 2,
+                f"{stage}.learning_rate": 1e-2,
+                f"{stage}.batch_size": 4,
+            }
+        values |= {key.replace("__", "."): value for key, value in settings.items()}
+        plan = resolve(method, None, {k: (v, "test") for k, v in values.items()}, gpu_present=gpu_present())
+        run = create_run(tmp_path / "runs", settle(plan))
+        made.append(run)
+        return run
+
+    yield make
+    for run in made:
+        if run.path.exists() and is_alive(run):
+            runner.abort(run)
+            wait_until(lambda run=run: not is_alive(run), 60)
+
+
+def wait_until(condition: Callable[[], Any], limit_s: float = 120) -> Any:
+    """Wait for `condition` to hold and return what it returned; fails the test after `limit_s`."""
+    deadline = time.monotonic() + limit_s
+    while time.monotonic() < deadline:
+        if found := condition():
+            return found
+        time.sleep(0.02)
+    raise AssertionError(f"not within {limit_s} s: {condition}")
+
+
+def finish(run: Run, limit_s: float = 180) -> str:
+    """Wait until a started run has ended; returns the status its log ends with."""
+    wait_until(lambda: not is_alive(run), limit_s)
+    return run.state().end_status or "crashed"
+
+
+def losses(run: Run, stage: str) -> dict[int, float]:
+    """Loss by step."""
+    return {step: value for step, value in run.state().stage(stage).series["loss"] if value is not None}
+
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
