@@ -49,6 +49,9 @@ def settle(resolved: Resolved) -> Resolved:
         )
     if four_bit and not installed("bitsandbytes"):
         raise FinetuiError("4-bit weights need bitsandbytes.", "Run ./setup.sh --gpu.", exit_code=3)
+    for tracker in plan.tracking.report_to:
+        if not installed(tracker):
+            raise FinetuiError(f"{tracker} is not installed.", f"Run: .venv/bin/pip install {tracker}")
     if plan.model.dtype == "auto":
         plan.model.dtype = "bf16" if cuda else "fp32"
         sources["model.dtype"] = "GPU" if cuda else "CPU: measured twice as fast as bf16"

@@ -5,7 +5,7 @@ So a batch needs at least two rows, neighbours must not share a prompt, and a ba
 """
 
 import random
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Hashable, Sequence
 
 
@@ -23,6 +23,27 @@ def batch_sizes(rows: int, batch_size: int) -> list[int]:
     return sizes
 
 
+def good_rows(sizes: Sequence[int], good: int) -> list[int]:
+    """How many of `good` rows each batch gets: in proportion to its size, and both labels wherever the counts allow."""
+    total, placed = sum(sizes), 0
+    due = [0]
+    for size in sizes:
+        placed += size
+        due.append((2 * good * placed + total) // (2 * total))
+    counts = [after - before for before, after in zip(due, due[1:], strict=False)]
+    for label in (True, False):
+        held = [count if label else size - count for count, size in zip(counts, sizes, strict=True)]
+        share = (good if label else total - good) / max(total, 1)
+        # A short last batch may be due less than one row of a label that the others have to spare.
+        for number in [number for number, size in enumerate(sizes) if not held[number] and size > 1]:
+            giver = max(range(len(sizes)), key=lambda other: held[other] - share * sizes[other])
+            if held[giver] < 2:
+                break
+            held[giver], held[number] = held[giver] - 1, 1
+        counts = [count if label else size - count for count, size in zip(held, sizes, strict=True)]
+    return counts
+
+
 def kto_batches(
     labels: Sequence[bool], prompts: Sequence[Hashable], batch_size: int, seed: int, epoch: int = 0
 ) -> list[list[int]]:
@@ -37,18 +58,15 @@ def kto_batches(
         members = [index for index, given in enumerate(labels) if given is label]
         chance.shuffle(members)
         queues[label] = deque(members)
-    total = {label: len(queue) for label, queue in queues.items()}
+    sizes = batch_sizes(len(labels), batch_size)
     batches: list[list[int]] = []
-    placed = 0
-    for size in batch_sizes(len(labels), batch_size):
-        placed += size
-        wanted = round(total[True] * placed / max(len(labels), 1)) - (total[True] - len(queues[True]))
-        good = min(max(wanted, size - len(queues[False]), 0), size, len(queues[True]))
+    for size, good in zip(sizes, good_rows(sizes, len(queues[True])), strict=True):
         batch: list[int] = []
         for label, count in ((True, good), (False, size - good)):
             batch.extend(_take(queues[label], count, [prompts[index] for index in batch], prompts))
-        batches.append(_ring(batch, prompts))
-    _swap_repeats(batches, labels, prompts)
+        batches.append(batch)
+    _part_repeats(batches, labels, prompts)
+    batches = [_ring(batch, prompts) for batch in batches]
     chance.shuffle(batches)
     return batches
 
@@ -94,30 +112,39 @@ def repeats(batch: Sequence[int], prompts: Sequence[Hashable]) -> int:
     return sum(prompts[one] == prompts[other] for one, other in zip(batch, [*batch[1:], batch[0]], strict=True))
 
 
-def _swap_repeats(batches: list[list[int]], labels: Sequence[bool], prompts: Sequence[Hashable]) -> None:
-    """Mend batches that still pair a prompt with itself by swapping a row with one of its label elsewhere."""
+def _part_repeats(batches: list[list[int]], labels: Sequence[bool], prompts: Sequence[Hashable]) -> None:
+    """Swap rows of one label between batches until no prompt has more than half of a batch, where that can be done."""
+    counts = [Counter(prompts[index] for index in batch) for batch in batches]
+    stuck: set[tuple[bool, Hashable]] = set()
     for number, batch in enumerate(batches):
-        for place in range(len(batch)):
-            if not repeats(batch, prompts):
-                break
-            row = batch[place]
-            for other_number, other in enumerate(batches):
-                if other_number == number:
-                    continue
-                if _swapped(batch, place, other, labels, prompts, row):
-                    break
+        for place, row in enumerate(batch):
+            kind = labels[row], prompts[row]
+            if counts[number][prompts[row]] <= len(batch) // 2 or kind in stuck:
+                continue
+            found = _partner(number, row, batches, counts, labels, prompts)
+            if found is None:
+                stuck.add(kind)
+                continue
+            other, there = found
+            batch[place], batches[other][there] = batches[other][there], row
+            for changed in (number, other):
+                counts[changed] = Counter(prompts[index] for index in batches[changed])
 
 
-def _swapped(
-    batch: list[int], place: int, other: list[int], labels: Sequence[bool], prompts: Sequence[Hashable], row: int
-) -> bool:
-    """Swap `row` with a row of `other` if that lowers the repeats of the two; says whether it did."""
-    before = repeats(batch, prompts) + repeats(other, prompts)
-    for there, candidate in enumerate(other):
-        if labels[candidate] is not labels[row]:
+def _partner(
+    number: int,
+    row: int,
+    batches: list[list[int]],
+    counts: list[Counter[Hashable]],
+    labels: Sequence[bool],
+    prompts: Sequence[Hashable],
+) -> tuple[int, int] | None:
+    """Batch and place of a row of the same label that can change places with `row` and crowds neither batch."""
+    room, own = len(batches[number]) // 2, counts[number]
+    for other, batch in enumerate(batches):
+        if other == number or counts[other][prompts[row]] >= len(batch) // 2:
             continue
-        batch[place], other[there] = candidate, row
-        if repeats(batch, prompts) + repeats(other, prompts) < before:
-            return True
-        batch[place], other[there] = row, candidate
-    return False
+        for there, candidate in enumerate(batch):
+            if labels[candidate] is labels[row] and own[prompts[candidate]] < room:
+                return other, there
+    return None

@@ -9,6 +9,7 @@ imports nothing heavy itself.
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from core.errors import FinetuiError
 
 # Templates of families whose base models carry none; chosen by config.json's model_type and vocabulary size.
 _INST = (
-    "{%- if messages[0]['role'] == 'system' -%}{%- set system = messages[0]['content'] -%}{%- set turns = messages[1:] -%}"
+    "{%- if messages[0]['role'] == 'system' -%}{%- set system = messages[0]['content'] -%}"
+    "{%- set turns = messages[1:] -%}"
     "{%- else -%}{%- set system = '' -%}{%- set turns = messages -%}{%- endif -%}"
 )
 MISTRAL_TEMPLATE = _INST + (
@@ -69,6 +71,12 @@ class Template:
     renders_tool_calls: bool = False
     takes_system: bool = True
     notices: list[str] = field(default_factory=list)
+
+    @cached_property
+    def end_tokens(self) -> set[int]:
+        """Ids that may end a turn: every special token, for a template's end of turn need not be the model's eos."""
+        added = getattr(self.tokenizer, "added_tokens_decoder", {})
+        return {self.tokenizer.eos_token_id} | {number for number, token in added.items() if token.special}
 
     @classmethod
     def of(cls, tokenizer: Any) -> "Template":
@@ -169,7 +177,7 @@ class Template:
 
     def _without_tail(self, ids: list[int], stretch: list[int]) -> list[int]:
         """The positions of an answer without the blanks that the template writes after the end-of-turn token."""
-        ends = [number for number, position in enumerate(stretch) if ids[position] == self.tokenizer.eos_token_id]
+        ends = [number for number, position in enumerate(stretch) if ids[position] in self.end_tokens]
         if not ends:
             return stretch
         tail = stretch[ends[-1] + 1 :]
@@ -203,6 +211,8 @@ def _folded_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
             waiting = []
         else:
             folded.append(message)
+    if waiting:
+        raise TemplateError("the chat template has no system turn, and no user turn follows to take this one's text")
     return folded
 
 
@@ -295,7 +305,7 @@ def tokenize_rows(
         except TemplateError as error:
             ledger.left_out.append((row, str(error)))
             continue
-        if not any(tokens.trained):
+        if not any(tokens.trained[1:]):
             ledger.left_out.append((row, "no trained token: the answer renders to nothing"))
             continue
         fitted = _fitted(tokens, method, max_length, max_prompt_length)
@@ -306,7 +316,7 @@ def tokenize_rows(
                     f"{row.file}, line {row.line}: {length} tokens, over the limit of {max_length}.",
                     "Raise max_length, or choose too_long: drop or cut.",
                 )
-            if too_long == "drop" or not any(fitted.trained):
+            if too_long == "drop" or not any(fitted.trained[1:]):
                 ledger.left_out.append((row, "longer than the limit"))
                 continue
             ledger.cut.append((row, length - len(fitted.input_ids)))

@@ -1,4 +1,5 @@
-"""The commands without the app: ``finetui sft|kto|sft-kto|demo|runs|show|watch|stop|abort|resume|delete|check|doctor|plan``.
+"""The commands without the app: ``finetui sft|kto|sft-kto|demo``, ``runs|show|watch|stop|abort|resume|delete RUN``,
+``check``, ``doctor`` and ``plan``.
 
 The flags of the training commands are made from the plan. This module owns standard error and exit codes: 0 done,
 1 the run failed, 2 bad usage, plan or data, 3 no device or no room, 130 interrupted.
@@ -6,6 +7,7 @@ The flags of the training commands are made from the plan. This module owns stan
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import sys
@@ -25,7 +27,7 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are FinetuiErrors with a way forward."""
 
     def error(self, message: str) -> NoReturn:
-        raise FinetuiError(f"{self.prog}: {message}.", f"`{self.prog} --help` lists what there is.")
+        raise FinetuiError(f"{message}.", f"`{self.prog} --help` lists what there is.")
 
 
 def flags_of(method: str | None) -> dict[str, list[Option]]:
@@ -43,7 +45,9 @@ def add_plan_flags(parser: argparse.ArgumentParser, method: str | None) -> None:
     """The plan's flags, in three groups, and the ones that reach into it by another name."""
     parser.add_argument("--config", type=Path, metavar="FILE", help="a plan in YAML; flags win over it")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key of the plan")
-    parser.add_argument("--runs-dir", type=Path, metavar="DIR", help="folder of the runs (default: ./runs or $FINETUI_RUNS)")
+    parser.add_argument(
+        "--runs-dir", type=Path, metavar="DIR", help="folder of the runs (default: ./runs or $FINETUI_RUNS)"
+    )
     parser.add_argument("--output-dir", type=Path, metavar="DIR", help="this run's own directory, must not exist")
     parser.add_argument("--wandb", action="store_true", help="report to Weights & Biases (key from WANDB_API_KEY)")
     parser.add_argument("--hf-token", metavar="TOKEN", help="handed on in the environment; better: set HF_TOKEN")
@@ -75,6 +79,9 @@ def settings_of(arguments: argparse.Namespace, method: str) -> dict[str, tuple[A
     from core.config import parse_setting
 
     settings: dict[str, tuple[Any, str]] = {}
+    for flag in sorted(flags_of(None).keys() - flags_of(method).keys()):
+        if getattr(arguments, f"plan{flag}", None) is not None:
+            raise FinetuiError(f"{flag} is no option of {method}.", "Leave it out, or choose another method.")
     for flag, targets in flags_of(method).items():
         value = getattr(arguments, f"plan{flag}", None)
         if value is None:
@@ -92,16 +99,14 @@ def settings_of(arguments: argparse.Namespace, method: str) -> dict[str, tuple[A
         settings[path] = (value, "flag --set")
     if arguments.wandb:
         reported = settings.get("tracking.report_to", ([], ""))[0]
+        reported = [reported] if isinstance(reported, str) else reported or []
         settings["tracking.report_to"] = (sorted({*reported, "wandb"}), "flag --wandb")
-    for stage in method.split("-"):
-        named = any(settings.get(f"{stage}.data.{key}", (None, ""))[0] for key in ("file", "dataset"))
-        if named and f"{stage}.data.demo" not in settings:
-            settings[f"{stage}.data.demo"] = (False, "own data given")
     return settings
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog="finetui", description="Fine-tune language models: SFT, KTO, SFT→KTO. Without arguments: the app.")
+    about = "Fine-tune language models: SFT, KTO, SFT→KTO. Without arguments: the app."
+    parser = Parser(prog="finetui", description=about)
     parser.add_argument("--version", action="version", version=f"finetui {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     for method in METHODS:
@@ -154,6 +159,9 @@ def _following(command: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """The ``finetui`` command. Returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # foreign text, and terminals that are not UTF-8
     try:
         if not words:
             return _app()

@@ -43,8 +43,8 @@ def train(arguments: argparse.Namespace, method: str, *, demo: bool = False) -> 
     """``finetui sft|kto|sft-kto|demo``: check, start a detached run, follow it."""
     if arguments.resume_from_checkpoint:
         reference = Path(arguments.resume_from_checkpoint)
-        arguments.run = next((part.parent.name for part in [reference, *reference.parents] if part.name in ("sft", "kto")),
-                             reference.name)  # fmt: skip
+        stages = (part for part in [reference, *reference.parents] if part.name in ("sft", "kto"))
+        arguments.run = next((part.parent.name for part in stages), reference.name)
         return resume(arguments)
     plan = resolved(arguments, method, demo=demo)
     if arguments.runs_dir:
@@ -83,7 +83,7 @@ def preflight(plan: Plan) -> list[str]:
     notices = []
     for stage in plan.training_stages:
         settings = plan.stage(stage)
-        if settings.data.dataset:
+        if settings.data.dataset and not settings.data.file:
             continue
         for path in data_files(settings.data, stage, lambda text: None):
             rows = read_rows(path, stage, include_undesirable=settings.data.include_undesirable,

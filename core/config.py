@@ -16,10 +16,12 @@ from pydantic import ValidationError
 
 from core.errors import FinetuiError
 from core.paths import configs_dir, writing_whole
-from core.plan import METHODS, SIZES, Option, Plan, options
+from core.plan import METHODS, SIZES, TRAINING_STAGES, Option, Plan, options
+from core.text import clean
 
 OPTIONS: dict[str, Option] = {option.path: option for option in options()}
 SECTIONS = {path.rsplit(".", depth)[0] for path in OPTIONS for depth in range(1, path.count(".") + 1)}
+EXTRA = tuple(f"{stage}.extra." for stage in TRAINING_STAGES)
 MAX_PLAN_BYTES = 1_000_000
 
 
@@ -33,13 +35,28 @@ class Resolved:
     def as_yaml(self) -> str:
         """The plan as YAML, each value followed by a comment with its source."""
         lines: list[str] = []
-        _annotate(self.plan.model_dump(mode="json"), "", self.sources, lines)
+        _annotate(self._values(), "", self.sources, lines)
         return "\n".join(lines) + "\n"
+
+    def _values(self) -> dict[str, Any]:
+        """Every value of the plan, without the settings of a stage that this method does not have."""
+        return self.plan.model_dump(mode="json", exclude=set(TRAINING_STAGES) - set(self.plan.training_stages))
 
     @property
     def fingerprint(self) -> str:
         """Short hash of every value; equal plans have equal fingerprints."""
-        return hashlib.sha256(json.dumps(self.plan.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()[:12]
+        return hashlib.sha256(json.dumps(self._values(), sort_keys=True).encode()).hexdigest()[:12]
+
+
+class _OneLine(yaml.SafeDumper):
+    """Writes every value on one line, so that a comment can follow it."""
+
+
+def _text_node(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
+
+
+_OneLine.add_representer(str, _text_node)
 
 
 def _annotate(values: dict[str, Any], prefix: str, sources: dict[str, str], lines: list[str]) -> None:
@@ -50,8 +67,8 @@ def _annotate(values: dict[str, Any], prefix: str, sources: dict[str, str], line
             lines.append(f"{depth}{key}:")
             _annotate(value, f"{path}.", sources, lines)
         else:
-            text = yaml.safe_dump(value, default_flow_style=True, width=10_000, allow_unicode=True).splitlines()[0]
-            lines.append(f"{f'{depth}{key}: {text}':<56}  # {sources.get(path, 'default')}")
+            text = yaml.dump(value, Dumper=_OneLine, default_flow_style=True, width=MAX_PLAN_BYTES, allow_unicode=True)
+            lines.append(f"{f'{depth}{key}: {text.split(chr(10))[0]}':<56}  # {clean(sources.get(path, 'default'))}")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -61,14 +78,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
     a key written twice, and anchors (a plan has no use for them).
     """
     try:
-        raw = path.read_bytes()
+        with path.open("rb") as stream:
+            raw = stream.read(MAX_PLAN_BYTES + 1)
+        if len(raw) > MAX_PLAN_BYTES:
+            raise FinetuiError(f"The plan {path} is larger than 1 MB.", "Give a plan, not a data file.")
         text = raw.decode("utf-8-sig")
     except OSError as error:
         raise FinetuiError(f"The plan {path} cannot be read: {error.strerror}.", "Check the path.") from error
     except UnicodeDecodeError as error:
         raise FinetuiError(f"The plan {path} is not UTF-8 text.", "Save it as UTF-8.") from error
-    if len(raw) > MAX_PLAN_BYTES:
-        raise FinetuiError(f"The plan {path} is larger than 1 MB.", "Give a plan, not a data file.")
     try:
         if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
             raise FinetuiError(f"The plan {path} uses YAML aliases.", "Write the values out.")
@@ -76,15 +94,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
         if node is None:
             return {}
         if not isinstance(node, yaml.MappingNode):
-            raise FinetuiError(
-                f"The plan {path} is a {node.id}, not a mapping of keys to values.", "See configs/sft.yaml for the form."
-            )
+            found = "list" if isinstance(node, yaml.SequenceNode) else "single value"
+            advice = "See configs/sft.yaml for the form."
+            raise FinetuiError(f"The plan {path} is a {found}, not keys with values.", advice)
         _check_keys(node, "", path)
         return yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error) or type(error).__name__
+        problem = " ".join((getattr(error, "problem", None) or str(error) or type(error).__name__).split())
         raise FinetuiError(f"The plan {path}{where} is not valid YAML: {problem}.", "Mend that line.") from error
 
 
@@ -93,6 +111,8 @@ def _check_keys(node: yaml.MappingNode, prefix: str, file: Path) -> None:
     seen: set[str] = set()
     for key_node, value_node in node.value:
         line = key_node.start_mark.line + 1
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise FinetuiError(f"{file}, line {line}: a key must be a word.", "See configs/sft.yaml for the form.")
         path = f"{prefix}{key_node.value}"
         if path in seen:
             raise FinetuiError(f"{file}, line {line}: the key {path} stands twice.", "Keep one of them.")
@@ -102,8 +122,10 @@ def _check_keys(node: yaml.MappingNode, prefix: str, file: Path) -> None:
                 _check_keys(value_node, f"{path}.", file)
             elif value_node.value != "auto" and value_node.tag != "tag:yaml.org,2002:null":
                 raise FinetuiError(f"{file}, line {line}: {path} needs keys below it.", f"{path} is a section.")
-        elif path not in OPTIONS:
+        elif path not in OPTIONS and not path.startswith(EXTRA):
             raise unknown_key(path, f"{file}, line {line}: ")
+        elif isinstance(value_node, yaml.MappingNode) and f"{path}.".startswith(EXTRA):
+            _check_keys(value_node, f"{path}.", file)
 
 
 def unknown_key(path: str, where: str = "") -> FinetuiError:
@@ -116,16 +138,14 @@ def unknown_key(path: str, where: str = "") -> FinetuiError:
     return FinetuiError(f"{where}there is no option {path!r}.", advice)
 
 
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as dotted paths, without the values that say ``auto`` where that means "not set here"."""
+def flatten(tree: dict[str, Any], prefix: str = "", *, keep_auto: bool = False) -> dict[str, Any]:
+    """Nested dictionaries as dotted paths; `keep_auto` False leaves out each ``auto`` that means "not set here"."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         path = f"{prefix}{key}"
         if path in SECTIONS:
-            flat |= flatten(value or {}, f"{path}.") if isinstance(value, dict | None) else {}
-        elif value != "auto" or "auto" in (OPTIONS[path].choices if path in OPTIONS else ()):
-            flat[path] = value
-        elif path in ("model.chat_template",):
+            flat |= flatten(value, f"{path}.", keep_auto=keep_auto) if isinstance(value, dict) else {}
+        elif keep_auto or value != "auto" or path == "model.chat_template" or "auto" in OPTIONS[path].choices:
             flat[path] = value
     return flat
 
@@ -141,8 +161,7 @@ def parse_setting(text: str) -> tuple[str, Any]:
     path = path.strip()
     if not separator:
         raise FinetuiError(f"--set {text!r} has no '='.", "Write --set key=value, for example --set sft.seed=7.")
-    section = next((part for part in ("sft.extra.", "kto.extra.") if path.startswith(part)), None)
-    if path not in OPTIONS and not section:
+    if path not in OPTIONS and not path.startswith(EXTRA):
         raise unknown_key(path, "--set: ")
     try:
         return path, yaml.safe_load(value)
@@ -168,8 +187,8 @@ def resolve(
     chosen_method = method or from_file.get("method") or "sft"
     if chosen_method not in METHODS:
         raise FinetuiError(f"There is no method {chosen_method!r}.", f"Methods are {', '.join(METHODS)}.")
-    if method and from_file.get("method") not in (None, method):
-        from_file["method"] = method
+    if method:
+        from_file.pop("method", None)
 
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
@@ -189,23 +208,45 @@ def resolve(
     if size is None and not wanted("model.name"):
         size = "7b" if gpu_present else "135m"
         lay({"model.size": size}, "default size" if gpu_present else "no NVIDIA GPU here")
+    if size is not None and str(size) not in SIZES:
+        raise FinetuiError(f"There is no model size {size!r}.", f"Sizes are {', '.join(SIZES)}.")
     presets = size_presets()
     if size is not None:
-        if str(size) not in presets:
-            raise FinetuiError(f"There is no model size {size!r}.", f"Sizes are {', '.join(SIZES)}.")
-        preset = presets[str(size)]
-        lay(flatten({key: part for key, part in preset.items() if key not in ("about", "original")}), f"size {size}")
-        if wanted("kto.values") == "original":
-            lay(flatten(preset.get("original", {})), f"size {size}, original's values")
+        preset = {key: part for key, part in presets[str(size)].items() if key not in ("about", "original")}
+        lay(flatten(preset), f"size {size}")
+    original = flatten(presets[str(size or "7b")]["original"]) if wanted("kto.values") == "original" else {}
+    lay(original, "the original's values")
     lay(from_file, f"file {config}")
+    if "kto.values" in settings:
+        lay(original, "the original's values")
     for path, (value, source) in settings.items():
-        if path.startswith(("sft.extra.", "kto.extra.")):
+        if path.startswith(EXTRA):
             stage, _, key = path.split(".", 2)
             merged = {**(values.get(f"{stage}.extra") or {}), key: value}
             lay({f"{stage}.extra": merged}, source)
         else:
             lay({path: value}, source)
+    flags = {path: value for path, (value, _) in settings.items()}
+    for path, off in _other_sources([flags, from_file]).items():
+        if values.get(path):
+            lay({path: off}, "own data given" if path.endswith(".demo") else "another source given")
+    stages = str(values["method"]).split("-")
+    for path in [path for path in values if path.split(".")[0] in set(TRAINING_STAGES) - set(stages)]:
+        del values[path], sources[path]
     return Resolved(check(values, sources), sources)
+
+
+def _other_sources(layers: list[dict[str, Any]]) -> dict[str, Any]:
+    """What switches off every source of rows but the one named: own rows win over the demo's, a layer over the next."""
+    off: dict[str, Any] = {}
+    for stage in TRAINING_STAGES:
+        own, demo = (f"{stage}.data.file", f"{stage}.data.dataset"), f"{stage}.data.demo"
+        for layer in layers:
+            chosen = [path for path in own if layer.get(path)] or ([demo] if layer.get(demo) else [])
+            if chosen:
+                off |= {path: False if path == demo else None for path in (*own, demo) if path not in chosen}
+                break
+    return off
 
 
 def check(values: dict[str, Any], sources: dict[str, str]) -> Plan:
@@ -217,6 +258,10 @@ def check(values: dict[str, Any], sources: dict[str, str]) -> Plan:
         for section in sections:
             branch = branch.setdefault(section, {})
         branch[leaf] = value
+    for path, value in values.items():
+        if isinstance(value, bool) and path in OPTIONS and OPTIONS[path].kind in (int, float):
+            source = f", from {sources[path]}" if path in sources else ""
+            raise FinetuiError(f"{path}: {value} is not a number{source}.", f"{OPTIONS[path].help}.")
     try:
         return Plan.model_validate(tree)
     except ValidationError as error:
@@ -240,4 +285,4 @@ def save_plan(resolved: Resolved, path: Path) -> None:
 
 def load_plan(path: Path) -> Plan:
     """Read a resolved plan of a run back. Raises FinetuiError."""
-    return check(flatten(read_yaml(path)), {})
+    return check(flatten(read_yaml(path), keep_auto=True), {})

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import FinetuiError
+from core.text import clean
 
 ROLES = {
     "system": "system",
@@ -31,7 +32,16 @@ ROLES = {
     "observation": "tool",
 }
 LABELS = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}
-BINARY_STARTS = {b"\x1f\x8b": "gzip", b"PK": "zip", b"\x28\xb5\x2f\xfd": "zstd", b"GGUF": "GGUF", b"BZ": "bzip2"}
+BINARY_STARTS = {
+    b"\x1f\x8b": "a gzip file",
+    b"PK\x03\x04": "a zip file",
+    b"\x28\xb5\x2f\xfd": "a zstd file",
+    b"GGUF": "a GGUF file",
+    b"BZh": "a bzip2 file",
+    b"\xff\xfe": "UTF-16 or binary",
+    b"\xfe\xff": "UTF-16 or binary",
+}
+MAX_DEPTH = 64
 
 
 @dataclass(frozen=True)
@@ -102,11 +112,16 @@ def raw_rows(path: Path) -> Iterator[tuple[int, Any]]:
     try:
         with path.open("rb") as stream:
             head = stream.read(4096)
+            while head and not head.strip():
+                head = stream.read(4096)
     except IsADirectoryError as error:
         raise FinetuiError(f"{path} is a folder.", "Give the data file inside it.") from error
     except OSError as error:
-        raise FinetuiError(f"{path} cannot be read: {error.strerror}.", "Check the path and its permissions.") from error
-    if not head.strip():
+        advice = "Check the path and its permissions."
+        raise FinetuiError(f"{path} cannot be read: {error.strerror}.", advice) from error
+    except ValueError as error:  # a path with a NUL
+        raise FinetuiError(f"{str(path)!r} is no path.", "Check the path.") from error
+    if not head:
         raise FinetuiError(f"{path} is empty.", "Give a file with one JSON object a line.")
     if head.startswith(b"PAR1"):
         yield from _parquet_rows(path)
@@ -114,7 +129,7 @@ def raw_rows(path: Path) -> Iterator[tuple[int, Any]]:
     kind = next((name for start, name in BINARY_STARTS.items() if head.startswith(start)), None)
     if kind or b"\0" in head:
         raise FinetuiError(
-            f"{path} is {f'a {kind} file' if kind else 'binary'}, not text.", "Give JSONL, JSON, CSV or Parquet."
+            f"{path} is {kind or 'binary'}, not UTF-8 text.", "Give JSONL, JSON, CSV or Parquet."
         )
     if path.suffix.lower() in (".csv", ".tsv"):
         yield from _csv_rows(path)
@@ -161,10 +176,11 @@ def _broken(path: Path, line: int, error: Exception) -> FinetuiError:
 def _csv_rows(path: Path) -> Iterator[tuple[int, Any]]:
     csv.field_size_limit(2**31 - 1)
     lines = (line for _, line in _decoded_lines(path))
-    reader = csv.DictReader(lines, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+    # Strict: a quotation mark that is never closed would swallow the rest of the file without a word.
+    reader = csv.DictReader(lines, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
     try:
         for row in reader:
-            yield reader.line_num, {key: _cell(value) for key, value in row.items() if key is not None}
+            yield reader.line_num, {key: _cell(value) for key, value in row.items()}
     except csv.Error as error:
         raise FinetuiError(f"{path}, line {reader.line_num}: broken CSV ({error}).", "Mend that line.") from error
 
@@ -190,8 +206,9 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
             for row in batch.to_pylist():
                 number += 1
                 yield number, row
-    except (pyarrow.ArrowException, OSError) as error:
-        raise FinetuiError(f"{path} is not a readable Parquet file ({str(error)[:80]}).", "Write it anew.") from error
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        reason = " ".join(str(error).split())[:80]
+        raise FinetuiError(f"{path} is not a readable Parquet file ({reason}).", "Write it anew.") from error
 
 
 def conversations_of(row: Any) -> tuple[list[tuple[list[dict[str, Any]], bool | None]], list[str]]:
@@ -204,19 +221,21 @@ def conversations_of(row: Any) -> tuple[list[tuple[list[dict[str, Any]], bool | 
     """
     if not isinstance(row, dict):
         raise RowError(f"a row must be a JSON object, not {type(row).__name__}")
+    if None in row:
+        raise RowError("the row has more cells than the header")
     repairs: list[str] = []
     turns = next((row[key] for key in ("messages", "conversations", "conversation") if row.get(key) is not None), None)
     if turns is not None:
         return [(_messages(turns, repairs), _label(row, repairs))], repairs
     if row.get("chosen") is not None and row.get("rejected") is not None:
-        pair = [
+        pair: list[tuple[list[dict[str, Any]], bool | None]] = [
             (_joined(row.get("prompt"), row[key], repairs), label)
             for key, label in (("chosen", True), ("rejected", False))
         ]
         return pair, repairs
     if row.get("prompt") is not None and row.get("completion") is not None:
         return [(_joined(row["prompt"], row["completion"], repairs), _label(row, repairs))], repairs
-    found = ", ".join(sorted(str(key)[:30] for key in row)[:6]) or "nothing"
+    found = ", ".join(sorted(clean(key, 30) for key in row)[:6]) or "nothing"
     raise RowError(f"no conversation found (the row has: {found})")
 
 
@@ -243,24 +262,41 @@ def _message(turn: Any, repairs: list[str]) -> dict[str, Any]:
     if not isinstance(turn, dict):
         raise RowError("a message is not an object")
     role = turn.get("role", turn.get("from"))
-    if not isinstance(role, str) or role.lower() not in ROLES:
-        raise RowError(f"unknown role {str(role)[:30]!r}")
+    if not isinstance(role, str):
+        raise RowError("a message has no role")
+    if role.lower() not in ROLES:
+        raise RowError(f"unknown role {role[:30]!r}")
     content = turn.get("content", turn.get("value"))
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-        content = "".join(str(part.get("text", "")) for part in content)
+        content = "".join(part["text"] if isinstance(part.get("text"), str) else "" for part in content)
     calls = _tool_calls(turn.get("tool_calls"), repairs)
     if content is None and not calls:
         raise RowError("a turn has neither content nor tool_calls")
     if content is not None and not isinstance(content, str):
         raise RowError(f"content is {type(content).__name__}, not text")
-    if content and any("\ud800" <= character <= "\udfff" for character in content):
-        raise RowError("content holds half a surrogate pair, which no tokenizer can read")
+    _check_json([content, calls])
     message: dict[str, Any] = {"role": ROLES[role.lower()], "content": content}
     if calls:
         message["tool_calls"] = calls
     elif not content and message["role"] == "assistant":
         raise RowError("an assistant turn is empty")
     return message
+
+
+def _check_json(value: Any, depth: int = 0) -> None:
+    """Refuse what neither a template nor a tokenizer can take: Parquet's types, deep nesting, half surrogate pairs."""
+    if depth > MAX_DEPTH:
+        raise RowError("nested too deeply")
+    if isinstance(value, str):
+        if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+            raise RowError("text holds half a surrogate pair, which no tokenizer can read")
+    elif isinstance(value, dict):
+        _check_json([*value, *value.values()], depth + 1)
+    elif isinstance(value, list):
+        for item in value:
+            _check_json(item, depth + 1)
+    elif not isinstance(value, bool | int | float | None):
+        raise RowError(f"a value is {type(value).__name__}, which JSON cannot hold")
 
 
 def _tool_calls(calls: Any, repairs: list[str]) -> list[dict[str, Any]]:
@@ -286,8 +322,12 @@ def _tool_calls(calls: Any, repairs: list[str]) -> list[dict[str, Any]]:
 
 def _label(row: dict[str, Any], repairs: list[str]) -> bool | None:
     label = row.get("label")
-    if label is None or isinstance(label, bool):
+    if label is None or label == "":
+        return None
+    if isinstance(label, bool):
         return label
+    if not isinstance(label, str | int | float):
+        raise RowError(f"the label is {type(label).__name__}, neither true nor false")
     word = str(label).strip().lower()
     if word not in LABELS:
         raise RowError(f"the label {str(label)[:30]!r} is neither true nor false")
@@ -327,6 +367,7 @@ def read_rows(
 def _sort_in(rows: Rows, number: int, raw: Any, method: str, include_undesirable: bool) -> None:
     try:
         found, repairs = conversations_of(raw)
+        _check_json(raw.get("tools"))
     except RowError as error:
         rows.left_out.append(LeftOut(rows.file, number, str(error)))
         return

@@ -12,26 +12,29 @@ import random
 import re
 import string
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from core.demo_tools import NUMBERS, TOOLS, VALUES, Tool
+from core.demo_tools import FEEDBACK_VALUES, NUMBERS, TOOLS, VALUES, Tool
 from core.errors import FinetuiError
 from core.paths import writing_whole
 
 SYSTEM_PROMPT = "You call tools."
 SFT_BLOCKS, SCORED_BLOCKS, KTO_BLOCKS = 48, 16, 24  # a block is one row of each tool
-KTO_BLOCKS_FROM_SFT = 4  # every fourth block of KTO prompts repeats sentences of the SFT file
+KTO_BLOCKS_FROM_SFT = 8  # every eighth block of KTO prompts repeats sentences of the SFT file
+KTO_FEEDBACK = 0.9  # share of the other KTO prompts' phrasings, and of their values, that no SFT row has
+NEW_VALUES = {slot: new for slot, (_, new) in VALUES.items()}
 FAULTS = {
     "wrong_tool": 48,
-    "wrong_argument": 48,
-    "missing_argument": 20,
-    "invented_argument": 16,
-    "broken_json": 14,
-    "chatter": 14,
+    "wrong_argument": 104,
+    "missing_argument": 2,
+    "invented_argument": 2,
+    "broken_json": 2,
+    "chatter": 2,
 }
+COPIED = ("title", "person", "news", "note", "city", "query", "artist", "room", "place")
 FREE_TEXT = ("{news}", "{note}", "{query}")  # a greeting may stand before these, nothing after them
 GREETINGS = ("Hey, ", "Hi, ", "OK, ", "Hello, ", "Well, ", "Now, ", "Next, ")
 CLOSINGS = (", please", ", thanks", ".", ".", "!")
@@ -134,7 +137,12 @@ class Writer:
 
     def known(self, tool: Tool) -> Example:
         """An example of the training kind."""
-        return self._example(tool, tool.phrasings, new_values=0.0)
+        return self._example(tool, tool.phrasings, NEW_VALUES, 0.0)
+
+    def feedback(self, tool: Tool) -> Example:
+        """An example of the KTO kind."""
+        phrasings = tool.feedback if self.chance(KTO_FEEDBACK) else tool.phrasings
+        return self._example(tool, phrasings, FEEDBACK_VALUES, KTO_FEEDBACK)
 
     def scored(self, file: int) -> Iterator[Row]:
         """Rows for scoring; `file` 0 or 1 chooses the half of the new phrasings. Each tool alternates known and new."""
@@ -142,14 +150,19 @@ class Writer:
             for tool in self.shuffled(TOOLS):
                 new = (block + TOOLS.index(tool)) % 2 == 1
                 phrasings = tool.new[file::2] if new else tool.phrasings
-                example = self._example(tool, phrasings, new_values=0.5)
+                example = self._example(tool, phrasings, NEW_VALUES, 0.5)
                 yield _row(example.sentence, example.answer, phrasing="new" if new else "known")
 
-    def _example(self, tool: Tool, phrasings: Sequence[str], new_values: float) -> Example:
-        """Draw until the sentence, without greeting and closing, is one that no file has."""
+    def _example(
+        self, tool: Tool, phrasings: Sequence[str], others: Mapping[str, Sequence[str]], share: float
+    ) -> Example:
+        """An example with a `share` of its values from `others`.
+
+        Draws until the sentence, without greeting and closing, is one that no file has.
+        """
         for _ in range(10_000):
             fixed, phrasing = _parse(self.pick(phrasings))
-            slots = self._fill(phrasing, new_values) | fixed
+            slots = self._fill(phrasing, others, share) | fixed
             shown = {name: value.partition("=")[0] for name, value in slots.items()}
             meant = {name: value.rpartition("=")[2] for name, value in slots.items()}
             sentence = phrasing.format(**shown)
@@ -160,16 +173,16 @@ class Writer:
                 return Example(tool, self._dress(sentence, phrasing), meant, arguments)
         raise FinetuiError(f"The demo has no unused sentence left for {tool.name}.", "Ask for fewer rows.")
 
-    def _fill(self, phrasing: str, new_values: float) -> dict[str, str]:
+    def _fill(self, phrasing: str, others: Mapping[str, Sequence[str]], share: float) -> dict[str, str]:
         names = [name for _, name, _, _ in string.Formatter().parse(phrasing) if name]
-        slots = {name: self._value(name, new_values) for name in names if name in VALUES}
+        slots = {name: self._value(name, others, share) for name in names if name in VALUES}
         if "source" in names:
-            slots["source"], slots["target"] = self._value("units", new_values).split(" to ")
+            slots["source"], slots["target"] = self._value("units", others, share).split(" to ")
         return slots
 
-    def _value(self, slot: str, new_values: float) -> str:
-        known, new = VALUES[slot]
-        return self.pick(new if new and self.chance(new_values) else known)
+    def _value(self, slot: str, others: Mapping[str, Sequence[str]], share: float) -> str:
+        other = others.get(slot)
+        return self.pick(other if other and self.chance(share) else VALUES[slot][0])
 
     def _dress(self, sentence: str, phrasing: str) -> str:
         """Add what people put around a request: a greeting, a capital, a closing."""
@@ -192,7 +205,7 @@ class Writer:
         for block in range(KTO_BLOCKS):
             start = block * len(TOOLS)
             repeats = block % KTO_BLOCKS_FROM_SFT == 0
-            examples = sft[start : start + len(TOOLS)] if repeats else [self.known(t) for t in self.shuffled(TOOLS)]
+            examples = sft[start : start + len(TOOLS)] if repeats else [self.feedback(t) for t in self.shuffled(TOOLS)]
             if block % 3 != 2:
                 good.extend(examples)
             if block % 3 != 1:
@@ -213,8 +226,7 @@ class Writer:
                 name, patterns = self.pick(tool.mistaken)
                 return call_text(name, {key: _number(p.format(**example.slots)) for key, p in patterns.items()})
             case "wrong_argument":
-                name = self.pick(list(arguments))
-                arguments[name] = self._other(tool.slots[name], arguments[name])
+                arguments |= self._wrong(example)
             case "missing_argument":
                 del arguments[self.pick(list(arguments))]
             case "invented_argument":
@@ -226,21 +238,34 @@ class Writer:
                 return self.pick((chatter, f"{chatter}\n{example.answer}", f"{example.answer}\n{chatter}"))
         return call_text(tool.name, arguments)
 
-    def _other(self, slot: str, value: Any) -> Any:
-        """A value near the right one: a number with a digit too many, a text cut short, or another of its kind."""
+    def _wrong(self, example: Example) -> Row:
+        """Wrong values for an argument, or for both units: the slips a half-trained model makes when it copies."""
+        name = self.pick(list(example.arguments))
+        slot, value = example.tool.slots[name], example.arguments[name]
+        if slot in ("source", "target") and self.chance(0.6):
+            return {"from": example.arguments["to"], "to": example.arguments["from"]}
         if slot in NUMBERS and self.chance(0.5):
-            return value * 10 if self.chance(0.5) else value + 5
-        words = str(value).split()
-        if slot not in NUMBERS and len(words) > 2 and self.chance(0.5):
-            return " ".join(words[:-1] if self.chance(0.5) else words[1:])
+            return {name: value * 10 if self.chance(0.5) else value + 5}
+        if slot in COPIED:
+            return {name: self.pick(_slips(str(value), example.sentence))}
         pool = [part for pair in VALUES["units"][0] for part in pair.split(" to ")]
         choices = [_argument(slot, v.rpartition("=")[2]) for v in (VALUES[slot][0] if slot in VALUES else pool)]
-        return self.pick([choice for choice in choices if choice != value])
+        return {name: self.pick([choice for choice in choices if choice != value])}
 
     def _broken(self, answer: str) -> str:
         """The answer with its JSON spoiled: no closing brace, single quotes, or a name without quotes."""
         head, brace, body = answer.partition("{")
         return self.pick((answer[:-1], head + brace + body.replace('"', "'"), head + brace + body.replace('"', "", 2)))
+
+
+def _slips(value: str, sentence: str) -> list[str]:
+    """Bad copies of `value`: an article, a syllable or a word too many or too few, or what follows copied too."""
+    first, *rest = value.split()
+    slips = [value.removeprefix("the ") if value.startswith("the ") else f"the {value}"]
+    slips += [f"{first[1:]}{value}", f"{value[0]} {value}", f"{value}{value[1]}"]
+    slips += [" ".join(rest), value[: value.rindex(" ")]] if rest else [value[: len(value) // 2 + 1], f"{value[:-1]}el"]
+    following = re.sub(r"[^\w ].*", "", sentence.partition(value)[2]).split()
+    return slips + [f"{value} {' '.join(following[:2])}"] * 2 if following else slips
 
 
 def _parse(phrasing: str) -> tuple[dict[str, str], str]:

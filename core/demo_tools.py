@@ -114,13 +114,64 @@ VALUES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 NUMBERS = ("minutes", "value")
 
+# Values for KTO rows alone: what people say once they use the model.
+FEEDBACK_VALUES: dict[str, tuple[str, ...]] = {
+    name: _split(text)
+    for name, text in (
+        ("minutes", "19|21|27|32|36|42|48|52|80|85|95"),
+        ("time", "7 am|9 pm|7:15 pm|11:45 am|3:30 pm|8:20 am"),
+        (
+            "title",
+            """dentist|dance rehearsal|guitar lesson|budget review|brunch with Zoe|parent evening|museum tour
+            |blood donation|driving test|cooking course|sister's wedding|farewell for Jonas""",
+        ),
+        ("person", "Yusuf|Ingrid|Walter|Chloe|Dmitri|Amara|Oscar|Helen|Uncle Joe|Grandma|Xavier|Beatriz"),
+        (
+            "news",
+            """the heating is broken|my bike was stolen|the concert starts at nine|I left the stove on
+            |the baby is asleep|our table is booked|the bus leaves at 6:40|I passed the exam|the cat is missing
+            |grandpa sends his love|the shop closes early""",
+        ),
+        (
+            "note",
+            """the gym opens at seven|Lily is allergic to nuts|platform 3 for the night bus|sugar, rice and olive oil
+            |the tent is behind the shelf|return the library card|songs for the wedding|shelf 12 in the basement
+            |the printer needs ink|call about the broken fridge""",
+        ),
+        ("city", "Bogota|Krakow|Marrakesh|Osaka|Portland|Reykjavik|Hanoi|Belfast|Geneva|Dallas|Perth|Santiago"),
+        (
+            "query",
+            """rainy day games|the price of copper|how bees find home|electric scooters|Greek islands|the fastest train
+            |easy card tricks|what owls eat|old film posters|cures for hiccups|the rules of rugby""",
+        ),
+        (
+            "artist",
+            """Santana|Beyonce|Vivaldi|Pink Floyd|the Rolling Stones|Whitney Houston|Arcade Fire|Sade|Kraftwerk
+            |the Kinks|Edith Piaf|Tina Turner""",
+        ),
+        ("room", "pantry|larder|playroom|library|lobby|conservatory|workshop|sauna|dressing room|roof terrace|gym"),
+        (
+            "place",
+            """Baker Street|Crystal Lake|Jefferson High School|Marina Bay|Old Town Hall|Queens Hospital|Sunrise Bakery
+            |Harvard Square|Kings Cross|Copper Hill|Orchard Road|Summit Arena""",
+        ),
+        ("value", "11|14|22|45|85|110|4.5|7.5|0.5|250|300"),
+        (
+            "units",
+            """quarts to liters|pints to gallons|grams to pounds|miles to feet|centimeters to meters|tons to kilograms
+            |feet to inches|liters to pints""",
+        ),
+    )
+}
+
 
 @dataclass(frozen=True)
 class Tool:
     """One tool: its schema, how people ask for it, and what a weak model calls instead.
 
     `slots` maps argument to slot name, in the order of the answer. A phrasing may fix a slot (`state=on>…`).
-    Of `new` phrasings the even ones are for the held-out file, the odd ones for the tuning file.
+    Of `new` phrasings the even ones are for the held-out file, the odd ones for the tuning file. `feedback` phrasings
+    are for KTO rows: what people say once they use the model is not only what its makers thought of.
     """
 
     name: str
@@ -128,6 +179,7 @@ class Tool:
     slots: dict[str, str]
     phrasings: tuple[str, ...]
     new: tuple[str, ...]
+    feedback: tuple[str, ...]
     mistaken: tuple[tuple[str, dict[str, str]], ...]
     invented: tuple[str, Any]
 
@@ -157,6 +209,10 @@ TOOLS = (
         |alert me once {minutes} minutes have passed|buzz me {minutes} minutes from now
         |I have {minutes} minutes for this puzzle, start now|put {minutes} minutes on the kitchen timer
         |my tea steeps for {minutes} minutes, watch the clock|can I get a countdown of {minutes} minutes?"""),
+        _split("""run a timer of {minutes} minutes|stop me after {minutes} minutes|measure {minutes} minutes for me
+        |the rice cooks for {minutes} minutes, keep the time|make it {minutes} minutes on the timer
+        |the laundry takes {minutes} minutes, do not let me forget it|I want to stretch for {minutes} minutes, time me
+        |a {minutes} minute break starts here, time it|call me back in {minutes} minutes"""),
         (
             ("add_event", {"title": "timer", "day": "today", "time": "{minutes} minutes"}),
             ("convert_units", {"value": "{minutes}", "from": "minutes", "to": "hours"}),
@@ -179,6 +235,11 @@ TOOLS = (
         |mark my calendar: {title} at {time} on {weekday}|get {title} on the schedule, {weekday} at {time}
         |I must be at {title} on {weekday} at {time}, enter it
         |on {weekday} at {time} I have {title}, keep that free"""),
+        _split("""my calendar needs {title} on {weekday} at {time}|organize {title} for {weekday} at {time}
+        |I agreed to {title} on {weekday} at {time}, add that|new appointment on {weekday} at {time}: {title}
+        |if {weekday} at {time} is open, book {title}|{weekday} at {time} is when {title} starts, plan it
+        |fix {title} for {weekday}, {time}|write {title} into the calendar, {weekday} at {time}
+        |do not let me miss {title} on {weekday} at {time}"""),
         (
             ("set_timer", {"minutes": "60"}),
             ("send_message", {"to": "me", "text": "{title} on {weekday}"}),
@@ -197,6 +258,9 @@ TOOLS = (
         _split("""pass this on to {person}: {news}|shoot {person} a quick text: {news}|notify {person}: {news}
         |give {person} the message that {news}|make sure {person} hears that {news}|reply to {person} with: {news}
         |{person} is waiting for news, say that {news}|can {person} be told that {news}?"""),
+        _split("""send {person} this: {news}|update {person}: {news}|get word to {person} that {news}
+        |explain to {person} that {news}|report to {person} that {news}|warn {person} that {news}
+        |can you write {person} that {news}?|I promised to tell {person} that {news}|type to {person}: {news}"""),
         (
             ("create_note", {"text": "{news}"}),
             ("search_web", {"query": "{news}"}),
@@ -214,6 +278,9 @@ TOOLS = (
         _split("""record this: {note}|do not let me lose this: {note}|get this on paper: {note}|memo: {note}
         |scribble down {note}|keep a record of this: {note}|add this line to my notebook: {note}
         |store this thought: {note}"""),
+        _split("""here is something to remember: {note}|I should not forget this: {note}|my notes should say {note}
+        |type this into my notes: {note}|file this note: {note}|please hold on to this: {note}
+        |list this for later: {note}|this belongs in a note: {note}|can you save {note} for me?"""),
         (
             ("send_message", {"to": "me", "text": "{note}"}),
             ("add_event", {"title": "{note}", "day": "today", "time": "9 am"}),
@@ -233,6 +300,10 @@ TOOLS = (
         _split("""any chance of rain {when} in {city}?|should I pack a raincoat for {city} {when}?|{city} weather {when}
         |how hot does it get in {city} {when}?|what will the sky look like over {city} {when}?
         |is a storm coming to {city} {when}?|how many degrees in {city} {when}?|will it be wet in {city} {when}?"""),
+        _split("""is it warm in {city} {when}?|do people need a coat in {city} {when}?|weather report for {city} {when}
+        |will the sun shine in {city} {when}?|how bad is the weather in {city} {when}?|does it freeze in {city} {when}?
+        |I am in {city} {when}, will it be cold?|what are the temperatures in {city} {when}?
+        |can I go without a jacket in {city} {when}?"""),
         (
             ("search_web", {"query": "weather in {city}"}),
             ("find_route", {"to": "{city}", "mode": "car"}),
@@ -251,6 +322,9 @@ TOOLS = (
         _split("""see what you can find on {query}|check the internet for {query}|do some research on {query}
         |get me links about {query}|any articles on {query}?|investigate {query} online|pull up pages about {query}
         |help me learn about {query} from the web"""),
+        _split("""what can you tell me about {query}?|I need facts about {query}|open a web page about {query}
+        |what is new with {query}?|teach me something about {query}|search results for {query}|read up on {query} for me
+        |is there something online about {query}?|I wonder about {query}, search for it"""),
         (
             ("get_weather", {"city": "{query}", "day": "today"}),
             ("create_note", {"text": "{query}"}),
@@ -268,6 +342,9 @@ TOOLS = (
         _split("""let us hear a track by {artist}|blast {artist}|I could use some {artist} right now
         |put a record by {artist} on|get {artist} going on the speakers|spin a few tunes by {artist}
         |I feel like dancing to {artist}|stream {artist}"""),
+        _split("""start a song by {artist}|I would love to listen to {artist}|let {artist} sing for me
+        |the next song should be by {artist}|a bit of {artist} would be nice|give me the hits of {artist}
+        |I miss the sound of {artist}|put the new album of {artist} on|music please, {artist}"""),
         (
             ("set_light", {"room": "{artist}", "state": "on"}),
             ("search_web", {"query": "{artist}"}),
@@ -287,6 +364,10 @@ TOOLS = (
         _split("""flip the {room} light {state}|I need the {room} lamp {state}|state=on>give me some light in the {room}
         |state=on>brighten the {room}|state=off>no more light in the {room}|state=off>leave the {room} in the dark
         |set the lights of the {room} to {state}|{state} with the light in the {room}"""),
+        _split("""{room} lamp {state}|can the {room} light go {state}?|get the lights in the {room} {state}
+        |the {room} needs its light {state}|state=on>I want to see something in the {room}
+        |state=on>I am reading in the {room}, I want light|state=off>the {room} should be dark
+        |state=off>we went out of the {room}, end the light there|state=off>I go to sleep, lights out in the {room}"""),
         (
             ("play_music", {"artist": "{room}"}),
             ("set_timer", {"minutes": "10"}),
@@ -306,6 +387,10 @@ TOOLS = (
         _split("""which way is {place} by {mode}?|get me to {place}, travelling by {mode}|can I reach {place} by {mode}?
         |map out the way to {place} by {mode}|I am lost, bring me to {place} by {mode}|is there a {mode} to {place}?
         |start navigation to {place} by {mode}|mode=car>I am driving to {place}, where do I turn?"""),
+        _split("""which {mode} goes to {place}?|how far is {place} by {mode}?|what road goes to {place} by {mode}?
+        |I have to be at {place} soon, going by {mode}|tell me how to get to {place} by {mode}
+        |by {mode}, what is the way to {place}?|I do not know how to get to {place} by {mode}
+        |mode=car>drive me to {place}|mode=bike>I will cycle to {place}, show me the way"""),
         (
             ("convert_units", {"value": "1", "from": "{mode}", "to": "{place}"}),
             ("get_weather", {"city": "{place}", "day": "today"}),
@@ -327,6 +412,11 @@ TOOLS = (
         |translate {value} {source} to {target}|write {value} {source} in terms of {target}
         |work out {value} {source} in {target}|if it is {value} {source}, how many {target} would that be?
         |switch {value} {source} over to {target}|make {value} {source} {target}"""),
+        _split("""calculate {value} {source} in {target}|what would {value} {source} be in {target}?
+        |my recipe says {value} {source}, how much in {target}?|show {value} {source} as {target}
+        |I need {target}, not {source}: {value} {source}|how do you say {value} {source} in {target}?
+        |is {value} {source} a lot in {target}?|count {value} {source} in {target}
+        |{value} {source}, say it in {target}"""),
         (
             ("find_route", {"to": "{target}", "mode": "car"}),
             ("set_timer", {"minutes": "{value}"}),

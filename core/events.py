@@ -4,6 +4,8 @@ One JSON object a line, ``{"t": unix seconds, "kind": …}``; the first line car
 kinds and fields, a torn last line, and a log that another process is still writing.
 """
 
+import contextlib
+import errno
 import json
 import math
 import os
@@ -15,6 +17,8 @@ from typing import Any
 
 VERSION = 1
 MAX_TEXT = 20_000
+MAX_T = 4e9  # the year 2096; a larger time is no time, and clocks cannot show it
+COUNTS = ("steps", "batch", "rows", "examples", "held_out", "left_out", "tokens", "trained_tokens", "trainable")
 Event = dict[str, Any]
 
 
@@ -23,6 +27,7 @@ class EventLog:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.whole = False
 
     def append(self, kind: str, **fields: Any) -> None:
         """Write one event now. Non-finite numbers become null and are counted in ``nonfinite``; long text is cut."""
@@ -31,11 +36,22 @@ class EventLog:
         if counted[0]:
             event["nonfinite"] = counted[0]
         line = json.dumps(event, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace") + b"\n"
+        if not self.whole:
+            line = self._mended() + line
         handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         try:
-            os.write(handle, line)
+            self.whole = os.write(handle, line) == len(line)
         finally:
             os.close(handle)
+        if not self.whole:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+
+    def _mended(self) -> bytes:
+        """What ends a torn last line, so that the next event does not become part of it."""
+        with contextlib.suppress(OSError), self.path.open("rb") as stream:
+            stream.seek(-1, os.SEEK_END)
+            return b"" if stream.read(1) == b"\n" else b"\n"
+        return b""
 
 
 def _plain(value: Any, counted: list[int]) -> Any:
@@ -99,7 +115,7 @@ def parse_line(line: bytes) -> Event | None:
         return None
     if not isinstance(event, dict) or not isinstance(event.get("kind"), str):
         return None
-    if not isinstance(event.get("t"), int | float):
+    if isinstance(event.get("t"), bool) or not isinstance(event.get("t"), int | float) or not 0 <= event["t"] < MAX_T:
         event["t"] = 0.0
     return event
 
@@ -150,6 +166,7 @@ class StageState:
         """Forget what was logged after `step`: a resumed stage logs it again."""
         for name, points in self.series.items():
             self.series[name] = [point for point in points if point[0] <= step]
+        self.checkpoints = [saved for saved in self.checkpoints if saved <= step]
         self.step = min(self.step, step)
         self.pace = []
 
@@ -191,12 +208,12 @@ class RunState:
 
     def fold(self, event: Event) -> None:
         """Take one event in. Unknown kinds and missing fields are passed over."""
-        self.nonfinite += event.get("nonfinite") or 0
         handler = getattr(self, f"_on_{event['kind']}", None)
         if handler is not None:
             try:
+                self.nonfinite += _count(event.get("nonfinite"))
                 handler(event)
-            except (TypeError, ValueError, AttributeError):
+            except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError):
                 self.notices.append({"level": "warning", "text": f"an event of kind {event['kind'][:40]} is malformed"})
 
     def _on_created(self, event: Event) -> None:
@@ -221,44 +238,50 @@ class RunState:
         stage = self.stage(str(event.get("name", "")))
         stage.state, stage.started, stage.ended, stage.exit = "running", event["t"], None, ""
         stage.base = str(event.get("base", ""))
-        stage.pid, stage.pid_started = event.get("pid"), event.get("pid_started")
+        stage.pid, stage.pid_started = _count(event.get("pid")) or None, _finite(event.get("pid_started")) or None
         stage.phase, stage.detail = "start", ""
         if "resumed_step" in event:
-            stage.rewind(int(event["resumed_step"] or 0))
+            stage.rewind(_count(event["resumed_step"]))
 
     def _on_phase(self, event: Event) -> None:
         stage = self.stage(str(event.get("stage", "")))
         stage.phase, stage.detail = str(event.get("name", "")), str(event.get("detail", ""))
         if isinstance(event.get("seconds"), int | float):
-            stage.phase_seconds[stage.phase] = stage.phase_seconds.get(stage.phase, 0) + event["seconds"]
+            stage.phase_seconds[stage.phase] = stage.phase_seconds.get(stage.phase, 0.0) + _finite(event["seconds"])
 
     def _on_totals(self, event: Event) -> None:
         stage = self.stage(str(event.get("stage", "")))
-        stage.totals |= event
-        stage.total_steps = int(event.get("steps") or stage.total_steps)
+        for key in COUNTS:
+            _count(event.get(key))
+        _mapping(event.get("left_out_reasons"))
+        stage.totals |= {key: value for key, value in event.items() if value is not None}
+        stage.total_steps = _count(event.get("steps")) or stage.total_steps
         if "resumed_step" in event:
-            stage.rewind(int(event["resumed_step"] or 0))
+            stage.rewind(_count(event["resumed_step"]))
 
     def _on_log(self, event: Event) -> None:
         stage = self.stage(str(event.get("stage", "")))
-        step = int(event.get("step") or 0)
+        step = _count(event.get("step"))
+        if stage.state == "waiting":  # the history reads a long log's two ends, and the start stands between them
+            stage.state = "running"
         stage.step = max(stage.step, step)
-        stage.epoch = event.get("epoch") or stage.epoch
+        stage.epoch = _finite(event.get("epoch")) or stage.epoch
         stage.pace.append((event["t"], step))
         self._series(stage, step, event)
 
     def _on_eval(self, event: Event) -> None:
-        self._series(self.stage(str(event.get("stage", ""))), int(event.get("step") or 0), event)
+        self._series(self.stage(str(event.get("stage", ""))), _count(event.get("step")), event)
 
     @staticmethod
     def _series(stage: StageState, step: int, event: Event) -> None:
         for key, value in event.items():
             if key in ("t", "step", "epoch", "nonfinite") or isinstance(value, str | list | dict | bool):
                 continue
-            stage.series.setdefault(key, []).append((step, value))
+            finite = value is not None and math.isfinite(value)
+            stage.series.setdefault(key, []).append((step, float(value) if finite else None))
 
     def _on_checkpoint(self, event: Event) -> None:
-        self.stage(str(event.get("stage", ""))).checkpoints.append(int(event["step"]))
+        self.stage(str(event.get("stage", ""))).checkpoints.append(_count(event["step"]))
 
     def _on_gpu(self, event: Event) -> None:
         self.gpu.append(event)
@@ -273,6 +296,11 @@ class RunState:
         self.samples.append(event)
 
     def _on_result(self, event: Event) -> None:
+        _count(event.get("prompts"))
+        for marks in _mapping(event.get("table")).values():
+            for entry in _mapping(marks).values():
+                for key in ("hits", "total", "low", "high"):
+                    _finite(_mapping(entry).get(key))
         self.result = event
 
     def _on_stage_end(self, event: Event) -> None:
@@ -283,6 +311,27 @@ class RunState:
 
     def _on_run_end(self, event: Event) -> None:
         self.end_status, self.ended = str(event.get("status", "")), event["t"]
+
+
+def _count(value: Any) -> int:
+    """A whole number of a log; 0 for none. Raises TypeError for what a count cannot be."""
+    if not isinstance(value, int | float | None) or not abs(value or 0) <= 2**53:
+        raise TypeError("not a count")
+    return int(value or 0)
+
+
+def _finite(value: Any) -> float:
+    """A number of a log; 0 for none. Raises TypeError for what no number is."""
+    if not isinstance(value, int | float | None) or not math.isfinite(value or 0):
+        raise TypeError("not a number")
+    return float(value or 0)
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    """A mapping of a log; empty for none. Raises TypeError for anything else."""
+    if not isinstance(value, dict | None):
+        raise TypeError("not a mapping")
+    return value or {}
 
 
 def state_of(path: Path) -> RunState:

@@ -4,6 +4,8 @@ It checks YAML, makes the command line's flags and the wizard's fields, and fill
 Names follow TRL and transformers where they have one, so that a key means what their documentation says.
 """
 
+import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import UnionType
@@ -18,15 +20,29 @@ METHODS: tuple[Method, ...] = get_args(Method)
 SIZES = ("135m", "3b", "7b", "13b", "20b")
 TRAINING_STAGES = ("sft", "kto")
 
+MAX_SEED = 2**32 - 1  # numpy takes no larger one
 LORA_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def option(
     default: Any, help: str, *, flag: str | None = None, unit: str = "", common: bool = False, **bounds: Any
 ) -> Any:
-    """A field of the plan. `common` puts it on the wizard's first page of settings; `flag` names it on the command line."""
-    extra = {"flag": flag, "unit": unit, "common": common}
+    """A field of the plan. `common` puts it on the wizard's first page; `flag` names it on the command line."""
+    extra: dict[str, Any] = {"flag": flag, "unit": unit, "common": common}
     return Field(default, description=help, json_schema_extra=extra, **bounds)
+
+
+def _plain(value: Any) -> Any:
+    """A value of `extra` as JSON can hold it. YAML reads 2e-7 as a word; TRL wants the number."""
+    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
+        value = float(value)
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if not isinstance(value, str | int | float | None) or (isinstance(value, float) and not math.isfinite(value)):
+        raise ValueError(f"{str(value)[:40]!r} is neither a finite number nor a word, a list or a mapping")
+    return value
 
 
 class Section(BaseModel):
@@ -41,9 +57,13 @@ class ModelPlan(Section):
     size: Literal["135m", "3b", "7b", "13b", "20b"] | None = option(
         None, "Model size; picks model, LoRA, batch and accumulation", flag="--model-size", common=True
     )
-    name: str = option("", "Hub id, folder, or run:NAME for an earlier run's result", flag="--model-name", common=True)
+    name: str = option(
+        "", "Hub id, folder, or run:NAME for an earlier run's result", flag="--model-name", common=True
+    )
     revision: str | None = option(None, "Branch, tag or commit on the Hub")
-    load_in_4bit: bool = option(False, "Load the weights in 4 bit (NVIDIA GPU with bitsandbytes)", flag="--load-in-4bit")
+    load_in_4bit: bool = option(
+        False, "Load the weights in 4 bit (NVIDIA GPU with bitsandbytes)", flag="--load-in-4bit"
+    )
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = option("auto", "Number format; auto: bf16 on a GPU, fp32 on a CPU")
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = option("auto", "Attention implementation")
     chat_template: str = option("auto", "auto: the tokenizer's own, else its family's; or a Jinja file")
@@ -57,7 +77,7 @@ class LoraPlan(Section):
     alpha: int = option(128, "Scale of the adapter (alpha / r)", flag="--lora-alpha", common=True, ge=1, le=4096)
     dropout: float = option(0.0, "Dropout inside the adapter; above 0 leaves Unsloth's fast path", ge=0, lt=1)
     target_modules: list[str] = option(LORA_PROJECTIONS, "Projections that get an adapter", min_length=1)
-    seed: int = option(3407, "Seed of the adapter's first weights", ge=0)
+    seed: int = option(3407, "Seed of the adapter's first weights", ge=0, le=MAX_SEED)
 
 
 class DataPlan(Section):
@@ -106,7 +126,7 @@ class StagePlan(Section):
     save_steps: int = option(50, "Checkpoint every N steps", flag="--save-steps", unit="steps", common=True, ge=1)
     save_total_limit: int = option(3, "Checkpoints kept", ge=1)
     eval_steps: int | None = option(None, "Evaluate held-out rows every N steps; default: at each checkpoint", ge=1)
-    seed: int = option(42, "Seed of data order and dropout", flag="--seed", ge=0)
+    seed: int = option(42, "Seed of data order and dropout", flag="--seed", ge=0, le=MAX_SEED)
     extra: dict[str, Any] = option({}, "More arguments for TRL's SFTConfig or KTOConfig, checked by name")
 
     @property
@@ -121,6 +141,11 @@ class StagePlan(Section):
             raise ValueError("0 steps would train nothing; use -1 to go by epochs")
         return value
 
+    @field_validator("extra")
+    @classmethod
+    def plain_extra(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return {key: _plain(item) for key, item in value.items()}
+
 
 class SFTPlan(StagePlan):
     """Supervised fine-tuning: loss on assistant turns only."""
@@ -133,6 +158,7 @@ class SFTPlan(StagePlan):
 class KTOPlan(StagePlan):
     """Kahneman-Tversky optimisation (arXiv 2402.01306): rows labelled good or bad."""
 
+    learning_rate: float = option(5e-6, "Peak learning rate", flag="--learning-rate", common=True, gt=0, le=1)
     values: Literal["measured", "original"] = option(
         "measured", "Rate and beta: values measured to move a LoRA, or the original's", flag="--kto-values", common=True
     )
@@ -143,7 +169,9 @@ class KTOPlan(StagePlan):
     two_stage_lr: bool = option(False, "Multiply the rate by a factor from a step on", flag="--two-stage-lr")
     lr_reduction_step: int = option(50, "First step of the second rate", flag="--lr-reduction-step", unit="steps", ge=1)
     lr_reduction_factor: float = option(0.5, "Factor of the second rate", flag="--lr-reduction-factor", gt=0, le=1)
-    sign_correction: bool = option(False, "KTO-S, experimental: sign-corrected reference point", flag="--sign-correction")
+    sign_correction: bool = option(
+        False, "KTO-S (experimental): sign-corrected reference point", flag="--sign-correction"
+    )
 
     @field_validator("batch_size")
     @classmethod
@@ -266,3 +294,27 @@ def options(section: type[Section] = Plan, prefix: str = "") -> Iterator[Option]
             flag=str(flag) if flag else None,
             common=bool(extra.get("common")),
         )
+
+
+def option_table() -> str:
+    """The options as the Markdown table of the README: ``python -m core.plan`` prints it."""
+    lines = ["| key | flag | default | what it does |", "|---|---|---|---|"]
+    for entry in options():
+        section, key = entry.path.split(".", 1) if "." in entry.path else ("", entry.path)
+        if section == "kto" and key in SHARED_KEYS:
+            continue
+        path = f"STAGE.{key}" if section == "sft" and key in SHARED_KEYS else entry.path
+        default = "" if entry.default in (None, "", [], {}) else str(entry.default).replace("'", "")
+        notes = [", ".join(entry.choices)] if entry.choices else [entry.unit] if entry.unit else []
+        text = f"{entry.help} ({notes[0]})" if notes else entry.help
+        lines.append(f"| `{path}` | {f'`{entry.flag}`' if entry.flag else ''} | {default} | {text} |")
+    return "\n".join(lines)
+
+
+SHARED_KEYS = {entry.path[4:] for entry in options() if entry.path.startswith("sft.")} & {
+    entry.path[4:] for entry in options() if entry.path.startswith("kto.")
+}
+
+
+if __name__ == "__main__":
+    print(option_table())

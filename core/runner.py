@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import IO
@@ -98,23 +99,20 @@ def _spawn(
     )  # fmt: skip
 
 
-def _end_group(pid: int, grace_s: float = ABORT_GRACE_S) -> None:
-    """End a child's process group: ask, wait, kill."""
+def _end_group(pid: int, reap: Callable[[], object] = bool) -> None:
+    """End a trainer's process group: ask, wait, kill. `reap` is called while waiting, by the trainer's parent."""
     if os.name == "nt":
         with contextlib.suppress(psutil.Error):
             children = psutil.Process(pid).children(recursive=True)
             for process in [*children, psutil.Process(pid)]:
                 process.kill()
         return
-    for number, patience in ((signal.SIGTERM, grace_s), (signal.SIGKILL, 5.0)):
+    for number, patience in ((signal.SIGTERM, ABORT_GRACE_S), (signal.SIGKILL, 5.0)):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(pid, number)
         deadline = time.monotonic() + patience
         while time.monotonic() < deadline:
-            try:
-                os.waitpid(pid, os.WNOHANG)
-            except ChildProcessError:
-                pass
+            reap()
             try:
                 os.killpg(pid, 0)
             except (ProcessLookupError, PermissionError):
@@ -197,7 +195,7 @@ class Runner:
                 child.wait(POLL_S)
                 return False
             if self.run.abort_path.exists():
-                _end_group(child.pid)
+                _end_group(child.pid, child.poll)
                 child.wait()
                 return True
             if time.monotonic() >= self.next_sample:

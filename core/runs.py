@@ -138,7 +138,7 @@ def create_run(folder: Path, resolved: Resolved) -> Run:
     Raises FinetuiError when the name is taken or not a plain name, or the folder cannot be written.
     """
     plan = resolved.plan
-    if plan.name is not None and not NAME.fullmatch(plan.name):
+    if plan.name is not None and (not NAME.fullmatch(plan.name) or plan.name == "last"):
         raise FinetuiError(
             f"{plan.name[:60]!r} cannot name a run.", "Use letters, digits, '.', '_' and '-', a letter or digit first."
         )
@@ -204,13 +204,15 @@ def find_run(folder: Path, reference: str) -> Run:
         raise FinetuiError(f"There are no runs in {folder}.", "Start one with `finetui demo` or `finetui sft`.")
     if reference == "last":
         return runs[0]
+    if not reference:
+        raise FinetuiError("A run must be named.", "`finetui runs` lists them.")
     exact = [run for run in runs if run.name == reference]
     matches = exact or [run for run in runs if run.name.startswith(reference)]
     if not matches:
         raise FinetuiError(f"There is no run {reference[:80]!r} in {folder}.", "`finetui runs` lists them.")
     if len(matches) > 1:
-        names = ", ".join(run.name for run in matches[:3])
-        raise FinetuiError(f"{reference!r} fits {len(matches)} runs: {names} …", "Give more of the name.")
+        names = ", ".join(run.name for run in matches[:3]) + (", …" if len(matches) > 3 else "")
+        raise FinetuiError(f"{reference!r} fits {len(matches)} runs: {names}.", "Give more of the name.")
     return matches[0]
 
 
@@ -220,7 +222,10 @@ def take_lock(run: Run, patience_s: float = 1.0) -> int:
     `patience_s` outlasts viewers that probe at the same moment. Raises FinetuiError when the run is alive.
     """
     refused = FinetuiError(f"{run.name} is running already.", f"Watch it with `finetui watch {run.name}`.")
-    handle = os.open(run.lock_path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
+    try:
+        handle = os.open(run.lock_path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
+    except OSError as error:
+        raise FinetuiError(f"{run.lock_path} cannot be opened: {error.strerror}.", "Check its permissions.") from error
     if fcntl is None:
         if _holder_lives(run):
             os.close(handle)
@@ -266,7 +271,7 @@ def process_lives(pid: int | None, started: float | None) -> bool:
 
 
 def is_alive(run: Run) -> bool:
-    """Whether a runner or trainer of this run lives. Asks with a shared lock, so that viewers never mislead each other."""
+    """Whether a runner or trainer of this run lives; asked with a shared lock: viewers never mislead each other."""
     if fcntl is None:
         return _holder_lives(run)
     try:
@@ -283,7 +288,7 @@ def is_alive(run: Run) -> bool:
 
 
 def status(run: Run, end_status: str | None) -> str:
-    """running, stopping, done, failed, stopped, aborted or crashed. `end_status` is what the log ends with, if it does."""
+    """running, stopping, done, failed, stopped, aborted or crashed; `end_status` is what the log ends with, or None."""
     if is_alive(run):
         return "stopping" if run.stop_path.exists() or run.abort_path.exists() else "running"
     return end_status or "crashed"
@@ -322,7 +327,8 @@ def delete_run(run: Run) -> None:
 def summary(run: Run, tail_bytes: int = 65_536) -> dict[str, Any]:
     """What the history shows of a run, from the head and the tail of its log: cheap for a thousand runs.
 
-    Keys: name, status, method, model, note, created, started (unix seconds or None), duration_s, stage, step, loss, margin.
+    Keys: name, status, method, model, note, created, started (unix seconds or None), duration_s, stage, step, loss,
+    margin.
     """
     state = RunState(name=run.name)
     for event in _ends(run.events_path, tail_bytes):

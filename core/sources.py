@@ -159,7 +159,7 @@ def hub_token() -> str | None:
     return os.environ.get("HF_TOKEN") or None
 
 
-def hub_reason(error: Exception) -> str:
+def hub_reason(error: BaseException) -> str:
     """A Hub error in a few words, without addresses or tokens."""
     words = {
         "RepositoryNotFoundError": "there is no such repository, or it is private",

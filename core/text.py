@@ -1,5 +1,6 @@
 """The one sanitiser: foreign text (rows, logs, names, errors, model output) on its way to a terminal."""
 
+import math
 import re
 
 # Characters that a terminal acts on, or that reorder or hide what is read: C0 and C1 controls, bidirectional controls,
@@ -30,7 +31,7 @@ def clean(text: object, limit: int = 4000, *, newlines: bool = False) -> str:
 
 def duration(seconds: float | None) -> str:
     """Seconds as people say them: ``42 s``, ``7 min 05 s``, ``3 h 12 min``; ``–`` for unknown."""
-    if seconds is None or seconds != seconds or seconds < 0:
+    if seconds is None or not 0 <= seconds < math.inf:
         return "–"
     whole = int(seconds + 0.5)
     if whole < 60:

@@ -17,7 +17,6 @@ import torch
 from datasets import Dataset
 from trl import KTOConfig, SFTConfig
 
-from core.chat import Template
 from core.errors import FinetuiError
 from core.plan import KTOPlan, Plan, SFTPlan, StagePlan
 from core.prepare import StageData, kto_weights, planned_steps, prepare
@@ -26,7 +25,7 @@ from core.runs import Run, write_manifest
 from core.sources import ModelSource, model_source
 from core.train_events import EventCallback, Reporter, Stopped
 from core.train_kto import kto_trainer_class, sft_trainer_class
-from core.train_model import Loaded, load_model
+from core.train_model import Loaded, adapter_kept, load_model
 
 PADDING_FREE_TOKENS = 8192
 OWNED = {
@@ -66,12 +65,15 @@ def train_stage(run: Run, plan: Plan, name: str, base: str, reporter: Reporter) 
         _store_report(folder, data)
     checkpoint = run.newest_checkpoint(name)
     build = kto_trainer if isinstance(stage, KTOPlan) else sft_trainer
-    with reporter.phase("prepare"):
+    with reporter.phase("prepare"), adapter_kept(loaded.model):
         trainer = build(plan, stage, loaded, data, folder, reporter)  # type: ignore[arg-type]
         _drop_incomplete(folder, keep=checkpoint)
     steps = planned_steps(stage, name, len(data.training.examples))
-    reporter.event("totals", steps=steps, batch=stage.effective_batch, resumed_step=_step_of(checkpoint),
-                   trainable=sum(p.numel() for p in loaded.model.parameters() if p.requires_grad), **data.report())  # fmt: skip
+    trainable = sum(parameter.numel() for parameter in loaded.model.parameters() if parameter.requires_grad)
+    reporter.event(
+        "totals", steps=steps, batch=stage.effective_batch, resumed_step=_step_of(checkpoint), trainable=trainable,
+        **data.report(),
+    )  # fmt: skip
     with reporter.phase("train", f"from step {_step_of(checkpoint)}" if checkpoint else ""):
         reporter.in_training = True
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -178,14 +180,14 @@ def sft_trainer(plan: Plan, stage: SFTPlan, loaded: Loaded, data: StageData, fol
         model=loaded.model,
         processing_class=loaded.tokenizer,
         args=config,
-        train_dataset=sft_dataset(data.training),
-        eval_dataset=sft_dataset(data.held_out) if data.held_out else None,
+        train_dataset=sft_dataset(data.training, stage.max_length),
+        eval_dataset=sft_dataset(data.held_out, stage.max_length) if data.held_out else None,
         callbacks=[EventCallback(reporter, stage.save_total_limit)],
     )
 
 
 def _padding_free(plan: Plan, stage: SFTPlan, loaded: Loaded, data: StageData, reporter: Reporter) -> bool:
-    """Whether rows may stand end to end: only where attention keeps them apart, and its mask does not grow too large."""
+    """Whether rows may stand end to end: where attention keeps them apart, and its mask does not grow too large."""
     implementation = getattr(loaded.model.config, "_attn_implementation", "sdpa")
     lengths = sorted((len(example.tokens.input_ids) for example in data.training.examples), reverse=True)
     widest = sum(lengths[: stage.batch_size])
@@ -203,14 +205,16 @@ def _padding_free(plan: Plan, stage: SFTPlan, loaded: Loaded, data: StageData, r
     return False
 
 
-def sft_dataset(ledger: Any) -> Dataset:
+def sft_dataset(ledger: Any, max_length: int) -> Dataset:
     """Columns input_ids and labels, one row an example."""
-    return Dataset.from_dict(
+    dataset = Dataset.from_dict(
         {
             "input_ids": [example.tokens.input_ids for example in ledger.examples],
             "labels": [example.tokens.labels for example in ledger.examples],
         }
     )
+    dataset._unsloth_truncated_to = max_length  # without this promise Unsloth pads rows that are tokenised already
+    return dataset
 
 
 def kto_trainer(plan: Plan, stage: KTOPlan, loaded: Loaded, data: StageData, folder: Path, reporter: Reporter) -> Any:
@@ -228,7 +232,7 @@ def kto_trainer(plan: Plan, stage: KTOPlan, loaded: Loaded, data: StageData, fol
         undesirable_weight=undesirable,
         train_sampling_strategy="sequential",
     )
-    trainer_class = kto_trainer_class()
+    trainer_class = kto_trainer_class(sign_correction=stage.sign_correction)
     trainer_class.stage = stage  # type: ignore[attr-defined]
     return trainer_class(
         model=loaded.model,

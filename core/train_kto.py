@@ -110,8 +110,11 @@ def sft_trainer_class() -> type:
     return type("SFTTrainer", (OneAdapter, SFTTrainer), {})
 
 
-def kto_trainer_class() -> type:
-    """TRL's KTOTrainer, or Unsloth's replacement of it, on rows that are tokenised and batched already."""
+def kto_trainer_class(*, sign_correction: bool = False) -> type:
+    """TRL's KTOTrainer, or Unsloth's replacement of it, on rows that are tokenised and batched already.
+
+    The loss is overridden for KTO-S alone: Unsloth leaves its memory-saving path when it sees an override.
+    """
     from trl import KTOTrainer
 
     class Trainer(OneAdapter, KTOTrainer):
@@ -134,11 +137,6 @@ def kto_trainer_class() -> type:
             dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
             return self._loader(dataset, self.args.per_device_eval_batch_size, shuffle=False)
 
-        def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False) -> Any:
-            if not self.stage.sign_correction or return_outputs:
-                return super()._compute_loss(model, inputs, return_outputs)
-            return self._sign_corrected_loss(model, inputs)
-
         def _sign_corrected_loss(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
             from trl.trainer.utils import selective_log_softmax
 
@@ -152,7 +150,8 @@ def kto_trainer_class() -> type:
             reference_logps, reference_kl = self.compute_ref_log_probs(self.model, batch)
             z = (kl_logps - reference_kl).mean().detach().clamp(min=0)
             ratios = logps - reference_logps
-            losses = kto_losses(ratios, labels, z, self.beta, sign_correction=self.stage.sign_correction)
+            sign_correction = isinstance(self.stage, KTOPlan) and self.stage.sign_correction
+            losses = kto_losses(ratios, labels, z, self.beta, sign_correction=sign_correction)
             weights = torch.where(labels, self.desirable_weight, self.undesirable_weight)
             self._note_rewards(mode, self.beta * ratios.detach(), labels, z, batch)
             return (weights * losses).mean()
@@ -170,4 +169,10 @@ def kto_trainer_class() -> type:
                 self._total_train_tokens += int(batch["attention_mask"].sum())
             metrics["num_tokens"] = [self._total_train_tokens]
 
-    return Trainer
+    class SignCorrected(Trainer):
+        def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False) -> Any:
+            if return_outputs:
+                return super()._compute_loss(model, inputs, return_outputs)
+            return self._sign_corrected_loss(model, inputs)
+
+    return SignCorrected if sign_correction else Trainer

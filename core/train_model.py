@@ -1,5 +1,7 @@
 """Load the model and its tokenizer, with Unsloth or with transformers and PEFT, and put the adapter on."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,6 +171,19 @@ def _adapter_shape(plan: Plan, adapter: Path | None) -> dict[str, Any]:
         "lora_dropout": config.lora_dropout,
         "target_modules": sorted(targets) if isinstance(targets, set) else targets,
     }
+
+
+@contextlib.contextmanager
+def adapter_kept(model: Any) -> Iterator[None]:
+    """Undo what TRL does to a 4-bit model when a trainer is made: it rounds the adapter to bf16.
+
+    In bf16 the small steps of KTO vanish, and the policy would differ from its reference before the first one.
+    """
+    weights = {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
+    yield
+    for name, parameter in model.named_parameters():
+        if name in weights:
+            parameter.data = weights[name]
 
 
 def load_adapter_weights(model: Any, folder: Path) -> None:

@@ -104,7 +104,14 @@ class _Json(_View):
 
 
 def line_of(event: Event, state: RunState) -> str:
-    """One plain line for an event, or "" for those that people need not see."""
+    """One plain line for an event, or "" for those that people need not see; a malformed one is not worth a crash."""
+    try:
+        return _line_of(event, state)
+    except (TypeError, ValueError, AttributeError):
+        return f"{event['kind'][:40]}: malformed"
+
+
+def _line_of(event: Event, state: RunState) -> str:
     kind = event["kind"]
     stage = str(event.get("stage") or event.get("name") or "")
     if kind == "stage_start":
@@ -114,8 +121,8 @@ def line_of(event: Event, state: RunState) -> str:
     if kind == "totals" and event.get("examples"):
         resumed = f", from step {event['resumed_step']}" if event.get("resumed_step") else ""
         return (
-            f"{stage}: {event['examples']} examples, {event.get('tokens', 0):,} tokens, {event.get('left_out', 0)} rows left out, "
-            f"{event.get('steps')} steps of {event.get('batch')}{resumed}"
+            f"{stage}: {event['examples']} examples, {event.get('tokens', 0):,} tokens, "
+            f"{event.get('left_out', 0)} rows left out, {event.get('steps')} steps of {event.get('batch')}{resumed}"
         )
     if kind == "log" and "loss" in event:
         return f"{stage}: {metrics_line(state.stage(stage))}"
@@ -129,7 +136,8 @@ def line_of(event: Event, state: RunState) -> str:
         text = event.get("text") or event.get("message") or ""
         return f"{stage}: {word}{text} {event.get('advice') or ''}".rstrip()
     if kind == "stage_end":
-        return f"{stage}: {event.get('status')}" + (f" ({event.get('exit')})" if event.get("status") == "failed" else "")
+        why = f" ({event.get('exit')})" if event.get("status") == "failed" else ""
+        return f"{stage}: {event.get('status')}{why}"
     return ""
 
 
@@ -229,12 +237,13 @@ def result_table(result: Event) -> Table:
     table.add_column("")
     for mark in ("format", "right tool", "arguments", "all three"):
         table.add_column(mark, justify="right")
-    for variant, marks in result.get("table", {}).items():
+    for variant, marks in (result.get("table") or {}).items():
         cells = []
         for mark in MARKS:
-            entry = marks.get(mark, {})
-            hits, total = entry.get("hits", 0), entry.get("total", 0) or 1
-            cells.append(f"{hits}/{total} {100 * hits / total:3.0f} % [{100 * entry.get('low', 0):.0f}–{100 * entry.get('high', 0):.0f}]")
+            entry = (marks or {}).get(mark) or {}
+            hits, total = entry.get("hits") or 0, entry.get("total") or 1
+            low, high = 100 * (entry.get("low") or 0), 100 * (entry.get("high") or 0)
+            cells.append(f"{hits}/{total} {100 * hits / total:3.0f} % [{low:.0f}–{high:.0f}]")
         table.add_row(Text(clean(names.get(variant, variant), 30)), *(Text(cell) for cell in cells))
     return table
 
@@ -253,7 +262,7 @@ def show_end(out: Console, run: Run, state: RunState, end: str) -> None:
             say(f"{stage.name}: {run.path / stage.output}")
     if end in ("failed", "crashed"):
         for error in state.errors[-1:]:
-            say(f"{error.get('message', '')[:600]}", "red")
+            say(str(error.get("message", ""))[:600], "red")
             say(f"{error.get('advice', '')}")
         say(f"Log: {run.log_path}")
     if end in ("failed", "crashed", "stopped", "aborted"):
@@ -278,8 +287,9 @@ def show_run(out: Console, run: Run) -> None:
             f"{metrics_line(stage) if stage.series.get('loss') else stage.detail}")  # fmt: skip
         totals = stage.totals
         if totals.get("examples"):
-            say(f"      {totals['examples']} examples of {totals.get('rows')} rows, {totals.get('left_out', 0)} left out, "
-                f"{totals.get('tokens', 0):,} tokens, {totals.get('trained_tokens', 0):,} of them trained")  # fmt: skip
+            rows, left_out = totals.get("rows"), totals.get("left_out", 0)
+            say(f"      {totals['examples']} examples of {rows} rows, {left_out} left out")
+            say(f"      {totals.get('tokens', 0):,} tokens, {totals.get('trained_tokens', 0):,} of them trained")
         for reason, count in list((totals.get("left_out_reasons") or {}).items())[:3]:
             say(f"      left out: {count} × {reason}")
         if stage.output:

@@ -1,0 +1,539 @@
+"""The app, driven by its keys: newcomer's path, draft, wrong values, hostile text, dashboards of recorded runs."""
+
+import html
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from textual.pilot import Pilot
+
+from core import commands
+from core.backend import settle
+from core.cli import build_parser
+from core.config import resolve
+from core.gpu import GpuReport
+from core.paths import configs_dir
+from core.runs import Run, is_alive, take_lock
+from tui.app import FinetuiApp
+from tui.dashboard import DashboardScreen, now_words, side_words
+from tui.dialogs import Ask, Confirm, HelpScreen, LogScreen
+from tui.draft import Draft, RowsDraft, checked, command_line, draft_path, load_draft, save_draft
+from tui.follow import Follower, History, LogTail, thinned
+from tui.home import HomeScreen, cells
+from tui.settings import Setting
+from tui.widgets import Choice, curve
+from tui.wizard import WizardScreen
+
+RECORDED = Path(__file__).parent / "runs"
+HOSTILE = "a\x1b[2J\x1b]52;c;ZXZpbA==\x07\x9b31m [/x] [INST] [red]b \u202egnp.exe\u2066 \x08\x7f\tend"
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u202a-\u202e\u2066-\u2069]")
+
+
+@pytest.fixture(autouse=True)
+def own_cache_and_no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Drafts go into the test's own cache; every machine looks like one without a card."""
+    monkeypatch.setenv("FINETUI_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("core.gpu.gpus", lambda pids=(): [])
+    monkeypatch.setattr("tui.follow.gpu_report", lambda: GpuReport())
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    found = tmp_path / "runs"
+    found.mkdir()
+    return found
+
+
+def recorded(folder: Path, log: str, name: str = "") -> Run:
+    """A run directory made from a recorded log."""
+    run = Run(folder / (name or log))
+    run.path.mkdir()
+    shutil.copy(RECORDED / f"{log}.jsonl", run.events_path)
+    run.plan_path.write_text("method: sft\n")
+    return run
+
+
+def frame(app: FinetuiApp) -> str:
+    """What the screen shows, as lines of text."""
+    lines: dict[float, str] = defaultdict(str)
+    cells = r'<text [^>]*?x="([\d.]+)" y="([\d.]+)"[^>]*clip-path[^>]*>([^<]*)</text>'
+    for x, y, text in re.findall(cells, app.export_screenshot()):
+        row = lines[float(y)]
+        lines[float(y)] = row.ljust(round(float(x) / 12.2)) + html.unescape(text).replace("\xa0", " ")
+    return "\n".join(line.rstrip() for _, line in sorted(lines.items()))
+
+
+async def until(pilot: Pilot[Any], condition: Callable[[], Any], limit: int = 500) -> Any:
+    """Let the app work until `condition` holds."""
+    for _ in range(limit):
+        if found := condition():
+            return found
+        await pilot.pause(0.02)
+    raise AssertionError(f"the screen is {type(pilot.app.screen).__name__}:\n{frame(pilot.app)}")  # type: ignore[arg-type]
+
+
+async def shows(pilot: Pilot[Any], *words: str) -> str:
+    """Wait until the screen shows all of `words`."""
+
+    def seen() -> str:
+        text = frame(pilot.app)  # type: ignore[arg-type]
+        return text if all(word in text for word in words) else ""
+
+    return await until(pilot, seen)
+
+
+def demo_fingerprint() -> str:
+    return settle(resolve("sft-kto", configs_dir() / "demo.yaml", {}, gpu_present=False)).fingerprint
+
+
+async def test_a_newcomer_reaches_the_demos_review_by_enter_alone(folder: Path) -> None:
+    app = FinetuiApp(folder)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await shows(pilot, "Welcome", "No NVIDIA GPU", "Enter, d")
+        await pilot.press("n")
+        for word in ("SFT→KTO: both", "SmolLM2-135M-Instruct", "✔ 480 rows", "learning_rate"):
+            await shows(pilot, word)
+            await pilot.press("enter")
+        text = await shows(pilot, "✔ ready", "finetui demo")
+        assert "5 Review" in text
+        screen = app.screen
+        assert isinstance(screen, WizardScreen) and screen.found and screen.found.resolved
+        assert screen.found.resolved.fingerprint == demo_fingerprint()
+
+
+async def test_enter_on_an_empty_history_is_the_demo_and_enter_starts_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[Run] = []
+    monkeypatch.setattr("tui.wizard.runner.start", started.append)
+    app = FinetuiApp(folder)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await shows(pilot, "Welcome")
+        await pilot.press("enter")
+        await shows(pilot, "✔ ready")
+        await pilot.press("enter", "enter")
+        await until(pilot, lambda: isinstance(app.screen, DashboardScreen))
+    assert len(started) == 1
+    assert started[0].plan().method == "sft-kto"
+
+
+async def test_what_was_typed_is_there_after_the_terminal_died(folder: Path) -> None:
+    app = FinetuiApp(folder)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await shows(pilot, "Welcome")
+        await pilot.press("n")
+        await shows(pilot, "1 Method")
+        await pilot.press("up", "up", "enter")
+        await shows(pilot, "Which model?")
+        await pilot.press("enter")
+        await shows(pilot, "Which rows?")
+        await pilot.press("right", "tab", *"rows.jsonl")
+        await shows(pilot, "rows.jsonl cannot be read")
+        left = load_draft(draft_path())
+    assert left and left.method == "sft" and left.data["sft"].file == "rows.jsonl"
+    again = FinetuiApp(folder)
+    async with again.run_test(size=(80, 24)) as pilot:
+        await shows(pilot, "your draft is kept at Data")
+        await pilot.press("n")
+        await shows(pilot, "rows.jsonl", "3 Data", "◉ a file")
+        await pilot.press("escape", "escape")
+        await until(pilot, lambda: again.screen.query("#method"))
+        await pilot.press("escape")
+        await until(pilot, lambda: isinstance(again.screen, HomeScreen))
+
+
+async def test_a_wrong_value_is_explained_under_its_field_and_holds_the_page(folder: Path) -> None:
+    save_draft(Draft(step=3), draft_path())
+    app = FinetuiApp(folder)
+    async with app.run_test(size=(120, 40)) as pilot:
+        await shows(pilot, "your draft is kept")
+        await pilot.press("n")
+        await shows(pilot, "learning_rate")
+        rate = next(s for s in app.screen.query(Setting) if s.option.path == "sft.learning_rate")
+        rate.query_one(".value").focus()
+        await pilot.press("-", "1")
+        await shows(pilot, "✘ Input should be greater than 0")
+        await pilot.press("enter")
+        await shows(pilot, "4 Settings", "cannot be used")
+        assert rate.query_one(".value").has_focus
+        await pilot.press("backspace", "backspace", *"1e-3", "enter")
+        await shows(pilot, "✔ ready", "finetui demo --set sft.learning_rate=1e-3")
+        await pilot.press("ctrl+r")
+        await until(pilot, lambda: load_draft(draft_path()).values == {})  # type: ignore[union-attr]
+
+
+async def test_the_plan_is_saved_as_yaml_and_nothing_is_overwritten(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    app = FinetuiApp(folder)
+    async with app.run_test(size=(80, 24), notifications=True) as pilot:
+        await shows(pilot, "Welcome")
+        await pilot.press("d")
+        await shows(pilot, "✔ ready")
+        await pilot.press("v")
+        await until(pilot, lambda: isinstance(app.screen, Ask))
+        await pilot.press("enter")
+        await shows(pilot, "Saved")
+        before = (tmp_path / "finetui-sft-kto.yaml").read_text()
+        await pilot.press("v")
+        await until(pilot, lambda: isinstance(app.screen, Ask))
+        await pilot.press("enter")
+        await shows(pilot, "exists already")
+    saved = resolve("sft-kto", tmp_path / "finetui-sft-kto.yaml", {}, gpu_present=False)
+    assert settle(saved).fingerprint == demo_fingerprint()
+    assert (tmp_path / "finetui-sft-kto.yaml").read_text() == before
+
+
+async def test_a_plan_that_cannot_run_is_refused_with_its_reason(folder: Path) -> None:
+    draft = Draft(step=4, method="sft")
+    draft.data["sft"] = RowsDraft(kind="file", file="nowhere.jsonl")
+    save_draft(draft, draft_path())
+    app = FinetuiApp(folder)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await shows(pilot, "your draft is kept")
+        await pilot.press("n")
+        await shows(pilot, "✘", "nowhere.jsonl cannot be read")
+        await pilot.press("enter")
+        await until(pilot, lambda: not app.screen.starting)  # type: ignore[attr-defined]
+        await shows(pilot, "✘", "nowhere.jsonl cannot be read")
+    assert not list(folder.iterdir()) and load_draft(draft_path()) == draft
+
+
+@pytest.mark.parametrize("size", [(40, 10), (200, 60)])
+async def test_odd_sizes_crash_nothing(folder: Path, size: tuple[int, int]) -> None:
+    recorded(folder, "done")
+    app = FinetuiApp(folder)
+    async with app.run_test(size=size) as pilot:
+        await shows(pilot, "✔ done")
+        await pilot.press("enter")
+        await shows(pilot, "✔ done after")
+        await pilot.resize_terminal(100, 30)
+        await pilot.press("h", "n", "enter", "enter", "enter", "enter")
+        await until(pilot, lambda: app.screen.query("#verdict"))
+
+
+async def test_advanced_holds_every_option_that_the_other_pages_do_not(folder: Path) -> None:
+    save_draft(Draft(step=3), draft_path())
+    app = FinetuiApp(folder)
+    async with app.run_test(size=(120, 40)) as pilot:
+        await shows(pilot, "your draft is kept")
+        await pilot.press("n")
+        await shows(pilot, "learning_rate")
+        app.screen.query_one("CollapsibleTitle").focus()
+        await pilot.press("enter")
+        await until(pilot, lambda: len(app.screen.query(Setting)) > 60)
+        sign = next(s for s in app.screen.query(Setting) if s.option.path == "kto.sign_correction")
+        sign.query_one(Choice).focus()
+        await pilot.press("left")
+        await until(pilot, lambda: load_draft(draft_path()).values.get("kto.sign_correction") == "true")  # type: ignore[union-attr]
+        await pilot.press("backspace")
+        await until(pilot, lambda: load_draft(draft_path()).values.get("kto.sign_correction") == "")  # type: ignore[union-attr]
+
+
+async def test_rows_are_looked_into_while_one_types(folder: Path, rows_file: Callable[..., Path]) -> None:
+    path = rows_file([{"messages": [{"role": "user", "content": "x"}]}] + [
+        {"prompt": "p", "completion": "c", "label": label} for label in (True, False, True)
+    ])  # fmt: skip
+    draft = Draft(step=2, method="kto")
+    draft.data["kto"] = RowsDraft(kind="file", file=str(path))
+    save_draft(draft, draft_path())
+    app = FinetuiApp(folder)
+    async with app.run_test(size=(120, 40)) as pilot:
+        await shows(pilot, "your draft is kept")
+        await pilot.press("n")
+        await shows(pilot, "✔ 4 rows, 3 examples", "2 good, 1 bad", "left out: 1 × no assistant turn (line 1)")
+        path.write_text('{"messages": [}\n')
+        await pilot.press("tab", "end", "backspace", "l")
+        await shows(pilot, "✘", "line 1: broken JSON")
+
+
+@pytest.mark.parametrize("size", [(80, 24), (120, 40)])
+@pytest.mark.parametrize(
+    ("log", "words"),
+    [
+        ("done", ["✔ done", "40 held-out prompts", "after KTO", "36/40", "model after KTO", "✔ evaluate"]),
+        ("failed", ["✘ failed", "CUDA out of memory", "Lower sft.batch_size", "r goes on"]),
+        ("stopped", ["■ stopped", "65/110", "r goes on"]),
+        ("nan", ["✘ crashed", "not finite", "ended without a word"]),
+        ("torn", ["✘ crashed", "18/44", "margin 0.54"]),
+    ],
+)
+async def test_a_recorded_run_is_shown(folder: Path, log: str, words: list[str], size: tuple[int, int]) -> None:
+    recorded(folder, log)
+    app = FinetuiApp(folder)
+    async with app.run_test(size=size) as pilot:
+        await shows(pilot, log)
+        await pilot.press("enter")
+        await shows(pilot, *words[:2])
+        seen = ""
+        for _ in range(8):
+            await pilot.pause()
+            seen += frame(app)
+            await pilot.press("pagedown")
+        assert [word for word in words if word not in seen] == []
+
+
+async def test_left_and_right_go_through_the_curves_of_the_stages(folder: Path) -> None:
+    recorded(folder, "done")
+    app = FinetuiApp(folder)
+    async with app.run_test(size=(120, 40)) as pilot:
+        await shows(pilot, "done")
+        await pilot.press("enter")
+        await shows(pilot, "KTO loss", "KTO margin", "←→ Stage")
+        await pilot.press("left")
+        assert "KTO margin" not in await shows(pilot, "SFT loss")
+        await pilot.press("right")
+        await shows(pilot, "KTO margin")
+
+
+async def test_leaving_a_living_run_does_not_stop_it(folder: Path) -> None:
+    run = recorded(folder, "torn")
+    lock = take_lock(run)
+    app = FinetuiApp(folder)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await shows(pilot, "● running")
+        await pilot.press("enter")
+        await shows(pilot, "KTO: train", "18/44", "41 %")
+        with run.events_path.open("a") as log:
+            log.write(
+                'ss":0.4}\n'
+                + json.dumps({"t": 1795417900, "kind": "log", "stage": "kto", "step": 22, "loss": 0.3})
+                + "\n"
+            )
+        await shows(pilot, "22/44", "loss 0.3")
+        await pilot.press("s")
+        await until(pilot, lambda: isinstance(app.screen, Confirm))
+        await pilot.press("enter")  # the safe answer has the focus
+        await pilot.press("h")
+        await until(pilot, lambda: isinstance(app.screen, HomeScreen))
+        await pilot.press("x", "q")
+    assert is_alive(run) and not run.stop_path.exists() and not run.abort_path.exists()
+    os.close(lock)
+
+
+async def test_stop_asks_and_then_asks_the_run(folder: Path) -> None:
+    run = recorded(folder, "torn")
+    lock = take_lock(run)
+    app = FinetuiApp(folder)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await shows(pilot, "● running")
+        await pilot.press("s")
+        await until(pilot, lambda: isinstance(app.screen, Confirm))
+        await pilot.press("y")
+        await until(pilot, run.stop_path.exists)
+        await shows(pilot, "◐ stopping")
+    os.close(lock)
+
+
+async def test_delete_asks_and_keeps_the_cursor(folder: Path) -> None:
+    for name in ("a-run", "b-run", "c-run"):
+        recorded(folder, "stopped", name)
+    app = FinetuiApp(folder)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await shows(pilot, "a-run", "b-run", "c-run")
+        await pilot.press("down")
+        name = app.screen.selected  # type: ignore[attr-defined]
+        recorded(folder, "done", "d-run")
+        await shows(pilot, "d-run")
+        assert app.screen.selected == name  # type: ignore[attr-defined]
+        await pilot.press("x")
+        await until(pilot, lambda: isinstance(app.screen, Confirm))
+        await pilot.press("escape", "x", "y")
+        await until(pilot, lambda: not (folder / name).exists())
+        await until(pilot, lambda: name not in frame(app))
+    assert sorted(path.name for path in folder.iterdir()) == sorted({"a-run", "b-run", "c-run", "d-run"} - {name})
+
+
+async def test_hostile_names_events_and_logs_are_shown_harmlessly(folder: Path) -> None:
+    run = Run(folder / "[INST]\x1b]0;evil\x07")
+    run.path.mkdir()
+    run.plan_path.write_text("method: sft\n")
+    for kind, fields in (
+        (
+            "created",
+            {"name": HOSTILE, "method": HOSTILE, "model": HOSTILE, "note": HOSTILE, "stages": ["sft", HOSTILE]},
+        ),
+        ("run_start", {}),
+        ("stage_start", {"name": "sft", "base": HOSTILE}),
+        ("phase", {"stage": "sft", "name": HOSTILE, "detail": HOSTILE, "seconds": 4}),
+        ("log", {"stage": "sft", "step": 1, "loss": 1.0}),
+        ("log", {"stage": "sft", "step": 2, "loss": 0.5}),
+        ("notice", {"level": "warning", "text": HOSTILE, "advice": HOSTILE}),
+        ("error", {"type": HOSTILE, "message": HOSTILE, "advice": HOSTILE}),
+        ("result", {"prompts": HOSTILE, "table": {HOSTILE: {"format": {"hits": 1, "total": 2}}}}),
+        ("stage_end", {"name": "sft", "status": HOSTILE, "output": HOSTILE}),
+        ("run_end", {"status": HOSTILE}),
+    ):
+        run.events.append(kind, **fields)  # type: ignore[arg-type]
+    run.log_path.write_text(f"{HOSTILE}\n50%\rdone {HOSTILE}\n" + "x" * 1_000_000 + "\n")
+    app = FinetuiApp(folder)
+    async with app.run_test(size=(120, 40)) as pilot:
+        await until(pilot, lambda: "evil" in frame(app))
+        shots = [frame(app)]
+        await pilot.press("enter")
+        await shows(pilot, "loss 0.5")
+        shots.append(frame(app))
+        await pilot.press("l")
+        await until(pilot, lambda: isinstance(app.screen, LogScreen) and "xxx" in frame(app))
+        await pilot.press("home")
+        shots.append(frame(app))
+        await pilot.press("escape", "escape", "x")
+        await until(pilot, lambda: isinstance(app.screen, Confirm))
+        shots.append(frame(app))
+    assert [CONTROLS.findall(shot.replace("\n", "")) for shot in shots] == [[], [], [], []]
+    assert all("[INST]" in shot for shot in shots)
+
+
+async def test_help_lists_the_keys_of_the_screen(folder: Path) -> None:
+    app = FinetuiApp(folder)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await shows(pilot, "Welcome")
+        await pilot.press("question_mark")
+        await until(pilot, lambda: isinstance(app.screen, HelpScreen))
+        await shows(pilot, "n  New", "d  Demo", "q  Quit")
+
+
+DRAFTS = {
+    "demo": Draft(),
+    "demo changed": Draft(values={"sft.learning_rate": "1e-3", "kto.two_stage_lr": "true", "note": "yes"}),
+    "sft on the demo's rows": Draft(method="sft"),
+    "sft on a file": Draft(
+        method="sft",
+        size="135m",
+        data={"sft": RowsDraft(kind="file", file="rows [1].jsonl"), "kto": RowsDraft()},
+        values={"sft.learning_rate": "3e-4", "sft.max_steps": "-1", "lora.target_modules": "[q_proj]", "note": "a b"},
+    ),
+    "kto from the Hub": Draft(
+        method="kto",
+        model="owner/name",
+        data={"sft": RowsDraft(), "kto": RowsDraft(kind="hub", dataset="o/n", dataset_file="a.jsonl")},
+        values={"kto.two_stage_lr": "true", "kto.beta": "0.3", "sft.seed": "7"},
+    ),
+    "two kinds of rows": Draft(data={"sft": RowsDraft(), "kto": RowsDraft(kind="file", file="k.jsonl")}),
+}
+
+
+@pytest.mark.parametrize("draft", DRAFTS.values(), ids=DRAFTS.keys())
+def test_the_command_line_makes_the_same_plan(draft: Draft) -> None:
+    import shlex
+
+    found = checked(draft)
+    assert found.problems == {} and found.resolved
+    words = shlex.split(command_line(draft))
+    assert words[0] == "finetui"
+    arguments = build_parser().parse_args(words[1:])
+    plan = commands.resolved(arguments, draft.method, demo=words[1] == "demo")
+    assert plan.plan == found.resolved.plan
+
+
+def test_every_problem_of_a_draft_is_found_at_once() -> None:
+    draft = Draft(values={"sft.learning_rate": "-1", "kto.batch_size": "1", "sft.seed": "[", "lora.r": "x"})
+    found = checked(draft)
+    assert set(found.problems) == set(draft.values)
+    assert found.resolved and found.resolved.fingerprint == demo_fingerprint()
+    assert "model" in checked(Draft(method="sft", size="7b")).problems
+    no_file = Draft(method="sft", data={"sft": RowsDraft(kind="file"), "kto": RowsDraft()})
+    assert set(checked(no_file).problems) == {"sft.data.file"}
+
+
+def test_a_curve_has_the_asked_size_and_leaves_gaps() -> None:
+    whole = curve([(1, 1.0), (50, 3.0), (100, 2.0)], 30, 6)
+    assert [len(row) for row in whole] == [30] * 6
+    broken = curve([(1, 1.0), (2, None), (100, 1.0)], 30, 6)
+    assert sum(character != " " for row in broken for character in row) == 2
+    assert curve([(1, None)], 4, 2) == ["    ", "    "]
+
+
+def test_a_long_series_is_thinned_without_losing_spikes_or_gaps() -> None:
+    points: list[tuple[int, float | None]] = [(step, 1.0) for step in range(100_000)]
+    points[70_000], points[80_000] = (70_000, 50.0), (80_000, None)
+    thin = thinned(points)
+    assert len(thin) <= 600 and thin[-1] == points[-1]
+    assert (70_000, 50.0) in thin and (80_000, None) in thin
+    assert [step for step, _ in thin] == sorted(step for step, _ in thin)
+
+
+def test_a_snapshot_is_not_changed_by_later_events(folder: Path) -> None:
+    run = recorded(folder, "stopped")
+    follower = Follower(run)
+    first = follower.read()
+    assert first and follower.read() is None
+    run.events.append("log", stage="sft", step=70, loss=0.1)
+    second = follower.read()
+    assert second and (first.state.stages[0].step, second.state.stages[0].step) == (65, 70)
+    assert len(second.state.stages[0].series["loss"]) == len(first.state.stages[0].series["loss"]) + 1
+
+
+def test_the_history_reads_again_only_what_changed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b"):
+        recorded(folder, "stopped", name)
+    read: list[str] = []
+    from core.runs import summary
+
+    def counted(run: Run) -> dict[str, Any]:
+        read.append(run.name)
+        return summary(run)
+
+    monkeypatch.setattr("tui.follow.summary", counted)
+    history = History(folder)
+    assert {row["status"] for row in history.read()} == {"stopped"}
+    Run(folder / "b").events.append("run_end", status="done")
+    history.read()
+    assert sorted(read) == ["a", "b", "b"]
+
+
+def test_a_log_is_followed_line_by_line(tmp_path: Path) -> None:
+    path = tmp_path / "train.log"
+    tail = LogTail(path)
+    assert tail.read() == []
+    path.write_bytes(b"one\n10%\r20%\rdone\nhalf")
+    assert tail.read() == ["one", "done"]
+    with path.open("ab") as stream:
+        stream.write(b" line\n\xff\n")
+    assert tail.read() == ["half line", "\ufffd"]
+
+
+def test_the_app_imports_no_training_stack() -> None:
+    code = (
+        "import sys, tui.app\n"
+        "print([name for name in ('torch','transformers','trl','peft','datasets','accelerate') if name in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+def test_without_a_terminal_the_app_refuses_with_a_hint() -> None:
+    found = subprocess.run(
+        [sys.executable, "-P", "-m", "tui"], capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
+    assert found.returncode == 2
+    assert "needs a terminal" in found.stderr and "finetui --help" in found.stderr
+
+
+def test_impossible_figures_in_a_log_are_passed_over(folder: Path) -> None:
+    run = Run(folder / "figures")
+    run.path.mkdir()
+    run.plan_path.write_text("method: sft\n")
+    run.events_path.write_text(
+        '{"t":1e999,"kind":"created","stages":["sft"]}\n{"t":NaN,"kind":"run_start"}\n'
+        '{"t":-5,"kind":"stage_start","name":"sft"}\n{"t":1,"kind":"phase","stage":"sft","name":"load","seconds":Infinity}\n'
+        '{"t":2,"kind":"log","stage":"sft","step":1,"loss":NaN}\n{"t":3,"kind":"log","stage":"sft","step":2,"loss":1e999}\n'
+        f'{{"t":4,"kind":"log","stage":"sft","step":3,"loss":{"9" * 400}}}\n'
+        '{"t":5,"kind":"gpu","gpus":[{"memory_used_bytes":"x","memory_total_bytes":0}, 3]}\n'
+        '{"t":6,"kind":"run_end","status":"done"}\n'
+    )
+    row = History(folder).read()[0]
+    assert row["loss"] is None and cells(row, {})
+    snapshot = Follower(run).read()
+    assert snapshot and snapshot.status == "done" and snapshot.memory == "GPU 0: no figures"
+    assert [value for _, value in snapshot.state.stages[0].series["loss"]] == [None, None, None]
+    assert now_words(snapshot, 80) and side_words(snapshot)

@@ -1,0 +1,141 @@
+"""The app in a real terminal: it is killed while a real training runs, the training goes on, the next app finds it."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import finish, wait_until
+
+from core.runs import Run, is_alive, list_runs
+from tui.draft import Draft, RowsDraft, load_draft, save_draft
+
+ROOT = Path(__file__).resolve().parents[1]
+needs_tmux = pytest.mark.skipif(not shutil.which("tmux"), reason="tmux is not installed")
+
+
+class Terminal:
+    """A tmux server of its own with one window, driven by keys and read as text."""
+
+    def __init__(self, name: str, environment: dict[str, str]) -> None:
+        self.name = name
+        self.environment = environment
+
+    def tmux(self, *words: str) -> str:
+        command = ["tmux", "-L", self.name, "-f", "/dev/null", *words]
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=30).stdout
+
+    def open(self, width: int = 120, height: int = 40) -> None:
+        setting = [f"{key}={value}" for key, value in self.environment.items()]
+        command = ["env", *setting, sys.executable, "-P", "-m", "tui"]
+        self.tmux("new-session", "-d", "-x", str(width), "-y", str(height), "-c", str(ROOT), *command)
+
+    def press(self, *keys: str) -> None:
+        self.tmux("send-keys", *keys)
+
+    @property
+    def text(self) -> str:
+        return self.tmux("capture-pane", "-p")
+
+    def shows(self, *words: str, limit_s: float = 60) -> str:
+        try:
+            return str(wait_until(lambda: all(word in (text := self.text) for word in words) and text, limit_s))
+        except AssertionError:
+            raise AssertionError(f"{words} did not appear:\n{self.text}") from None
+
+    def pid(self, what: str) -> int:
+        return int(self.tmux("display-message", "-p", f"#{{{what}}}"))
+
+
+@pytest.fixture
+def terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Terminal]:
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("FINETUI_CACHE", str(cache))
+    environment = {"FINETUI_CACHE": str(cache), "FINETUI_RUNS": str(tmp_path / "runs"), "PYTHONPATH": str(ROOT)}
+    found = Terminal(f"finetui-test-{os.getpid()}", environment)
+    yield found
+    found.tmux("kill-server")
+
+
+@needs_tmux
+def test_killing_the_app_and_its_terminal_leaves_the_training_going(
+    terminal: Terminal,
+    tiny_model: Path,
+    rows_file: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    draft = Draft(
+        step=4,
+        method="sft",
+        model=str(tiny_model),
+        data={"sft": RowsDraft(kind="file", file=str(rows_file())), "kto": RowsDraft()},
+        values={"sft.max_steps": "300", "lora.r": "8", "sft.logging_steps": "2", "device": "cpu"},
+    )
+    path = tmp_path / "cache" / "draft.json"
+    save_draft(draft, path)
+    terminal.open()
+    terminal.shows("your draft is kept at Review")
+    terminal.press("n")
+    terminal.shows("✔ ready", "finetui sft --model-name")
+    terminal.press("Enter")
+    terminal.shows("● running", "tokens/s", "/300", limit_s=120)
+    assert load_draft(path) is None
+    [run] = list_runs(tmp_path / "runs")
+    app, server = terminal.pid("pane_pid"), terminal.pid("pid")
+    os.kill(app, signal.SIGKILL)
+    os.kill(server, signal.SIGKILL)
+    assert is_alive(run)
+    assert finish(run) == "done"
+    terminal.open(80, 24)
+    terminal.shows("✔ done", run.name[:20])
+    terminal.press("Enter")
+    terminal.shows("✔ done after", "300/300", "model after SFT")
+    terminal.press("q")
+    wait_until(lambda: not terminal.text)
+
+
+@needs_tmux
+def test_foreign_text_reaches_no_control_of_the_terminal(terminal: Terminal, tmp_path: Path) -> None:
+    run = Run(tmp_path / "runs" / "evil")
+    run.path.mkdir(parents=True)
+    run.plan_path.write_text("method: sft\n")
+    evil = "\x1b]2;TAKEN\x07\x1b[31m\x1b[2J[/x]"
+    run.events.append("created", name="evil", method=evil, model=evil, stages=["sft"], note=evil)
+    run.events.append("notice", level="warning", text=evil, advice=evil)
+    run.events.append("run_end", status="failed")
+    run.log_path.write_text(evil + "\n")
+    terminal.open()
+    terminal.shows("evil", "✘ failed")
+    terminal.press("Enter")
+    terminal.shows("[/x]", "l shows the log")
+    terminal.press("l")
+    terminal.shows("log of evil", "␛]2;TAKEN")
+    assert terminal.tmux("display-message", "-p", "#{pane_title}").strip() != "TAKEN"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a pty")
+def test_a_terminal_lost_without_a_signal_ends_the_app(tmp_path: Path) -> None:
+    import pty
+
+    master, slave = pty.openpty()
+    app = subprocess.Popen(
+        [sys.executable, "-P", "-m", "tui"],
+        stdin=slave, stdout=slave, stderr=slave, cwd=ROOT, start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "FINETUI_RUNS": str(tmp_path), "TERM": "xterm-256color"},
+    )  # fmt: skip
+    os.close(slave)
+    try:
+        seen = b""
+        while b"Welcome" not in seen:
+            seen += os.read(master, 65536)
+        os.close(master)
+        assert app.wait(15) != 0
+    finally:
+        if app.poll() is None:
+            app.kill()
+            app.wait()

@@ -1,0 +1,1 @@
+"""The full-screen app. It imports core, and never torch, transformers or datasets."""

@@ -1,0 +1,129 @@
+"""Dialogs over a screen: a question, a line to type, the keys; and the log of a run."""
+
+from collections.abc import Callable, Sequence
+from threading import Event
+
+from textual import on, work
+from textual.app import ComposeResult
+from textual.binding import Binding
+from textual.containers import Horizontal, Vertical, VerticalScroll
+from textual.content import Content
+from textual.screen import ModalScreen
+from textual.widgets import Button, Input, Log
+
+from core.text import clean
+from tui.widgets import Room, Words, keys
+
+
+class Confirm(ModalScreen[bool]):
+    """A question with a safe default. Enter takes the focused answer."""
+
+    BINDINGS = [
+        Binding("y", "answer(True)", "Yes"),
+        Binding("n,escape", "answer(False)", "No"),
+        Binding("left,right,up,down", "app.focus_next", "Other answer", show=False),
+    ]
+
+    def __init__(self, question: str, consequence: str, yes: str) -> None:
+        super().__init__()
+        self._question, self._consequence, self._yes = question, consequence, yes
+
+    def compose(self) -> ComposeResult:
+        with Vertical(classes="dialog"):
+            yield Words(Content.styled(clean(self._question, 200), "bold"))
+            yield Words(self._consequence, classes="consequence")
+            with Horizontal(classes="answers"):
+                yield Button(Content("No [n]"), id="no", compact=True)
+                yield Button(Content(f"{self._yes} [y]"), id="yes", compact=True)
+
+    def on_mount(self) -> None:
+        self.query_one("#no").focus()
+
+    @on(Button.Pressed)
+    def pressed(self, event: Button.Pressed) -> None:
+        self.dismiss(event.button.id == "yes")
+
+    def action_answer(self, answer: bool) -> None:
+        self.dismiss(answer)
+
+
+class RunRoom(Room[None]):
+    """A screen that acts on runs: it asks, lets the core act in a thread, and has its follower look again at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wake = Event()
+
+    def ask(self, question: str, consequence: str, yes: str, deed: Callable[[], object]) -> None:
+        def answered(answer: bool | None) -> None:
+            if answer:
+                self.do(deed)
+
+        self.app.push_screen(Confirm(question, consequence, yes), answered)
+
+    @work(thread=True, group="deed", exit_on_error=False)
+    def do(self, deed: Callable[[], object]) -> None:
+        self.report_errors(deed)
+        self.wake.set()
+
+
+class Ask(ModalScreen[str | None]):
+    """One line of text; Escape gives None."""
+
+    BINDINGS = [Binding("escape", "dismiss(None)", "Cancel")]
+
+    def __init__(self, question: str, value: str) -> None:
+        super().__init__()
+        self._question, self._value = question, value
+
+    def compose(self) -> ComposeResult:
+        with Vertical(classes="dialog"):
+            yield Words(Content.styled(clean(self._question, 200), "bold"))
+            yield Input(clean(self._value), select_on_focus=False)
+            yield Words(keys(("Enter", "save"), ("Escape", "cancel")))
+
+    @on(Input.Submitted)
+    def submitted(self, event: Input.Submitted) -> None:
+        self.dismiss(event.value.strip() or None)
+
+
+class HelpScreen(ModalScreen[None]):
+    """The keys of the screen below, made from its bindings, and what leaving means."""
+
+    BINDINGS = [Binding("escape,f1,question_mark,q,enter", "dismiss", "Close")]
+
+    def __init__(self, title: str, bindings: Sequence[tuple[str, str]]) -> None:
+        super().__init__()
+        self._title, self._keys = title, bindings
+
+    def compose(self) -> ComposeResult:
+        width = max((len(key) for key, _ in self._keys), default=0)
+        lines = [Content.assemble((key.rjust(width), "bold"), f"  {words}") for key, words in self._keys]
+        with VerticalScroll(classes="dialog"):
+            yield Words(Content.styled(self._title, "bold"))
+            yield Words(Content("\n").join(lines), classes="consequence")
+            yield Words(
+                "Training goes on when the app is left, the terminal closes or SSH drops. Open the app again: "
+                "the run is there."
+            )
+            yield Words(keys(("Escape", "close")))
+
+
+class LogScreen(Room[None]):
+    """The end of a run's log, growing as the run writes it."""
+
+    BINDINGS = [Binding("escape,l,h", "dismiss", "Back"), Binding("g", "end", "End of the log")]
+
+    def __init__(self, place: str) -> None:
+        super().__init__()
+        self.place = place
+
+    def body(self) -> ComposeResult:
+        yield Log(id="log", max_lines=5000)
+
+    def add(self, lines: Sequence[str]) -> None:
+        """`lines` are clean already."""
+        self.query_one("#log", Log).write_lines(lines)
+
+    def action_end(self) -> None:
+        self.query_one("#log", Log).scroll_end(animate=False)

@@ -1,0 +1,257 @@
+"""The pages of the wizard about method, model and data. Each edits the one draft; none of them touches the disk."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from rich.text import Text
+from textual import on
+from textual.app import ComposeResult
+from textual.containers import Vertical, VerticalScroll
+from textual.content import Content
+from textual.message import Message
+from textual.widget import Widget
+from textual.widgets import DataTable, Input, OptionList
+from textual.widgets.option_list import Option as Entry
+
+from core.backend import gpu_present
+from core.config import size_presets
+from core.errors import FinetuiError
+from core.plan import METHODS
+from core.text import clean
+from tui.draft import Checked, Draft
+from tui.widgets import Choice, Line, Menu, Rows, Words
+
+METHOD_HELP: dict[str, tuple[str, str, str, str]] = {
+    "sft": (
+        "SFT: learn from examples",
+        "What: it learns to give the answers in your rows, assistant turns only.",
+        "Data: conversations with good answers; dozens teach a form already.",
+        "When: first. It makes a model do something it does not do yet.",
+    ),
+    "kto": (
+        "KTO: learn from good and bad answers",
+        "What: it moves towards answers labelled true, away from those false.",
+        "Data: conversations with a label, both kinds; no pairs are needed.",
+        "When: the model answers in the right form and still makes mistakes.",
+    ),
+    "sft-kto": (
+        "SFT→KTO: both, one after the other",
+        "What: KTO starts from the SFT result and is measured against it.",
+        "Data: rows for both; one labelled file can serve, or two files.",
+        "When: you have labelled rows and a base model. The demo does this.",
+    ),
+}
+ROW_KINDS = (("demo", "the demo's rows"), ("file", "a file"), ("hub", "a Hub data set"))
+
+
+def problem_words(error: FinetuiError) -> Content:
+    """What is wrong, and the way forward."""
+    advice = f" {clean(error.advice, 300)}" if error.advice else ""
+    return Content.assemble((f"✘ {clean(error.message, 400)}", "$text-error"), advice)
+
+
+class Page(VerticalScroll, can_focus=False):
+    """One step of the wizard."""
+
+    first = ""
+    waits_for_check = False
+    """Whether going on has to wait until the newest change was checked."""
+
+    class Edited(Message):
+        """The draft was changed."""
+
+    class Done(Message):
+        """The person is through with this page."""
+
+    def __init__(self, draft: Draft) -> None:
+        super().__init__(classes="page")
+        self.draft = draft
+
+    def on_mount(self) -> None:
+        if self.first:
+            self.query_one(self.first).focus()
+
+    def edited(self) -> None:
+        self.post_message(self.Edited())
+
+    def show(self, found: Checked) -> None:
+        """Explain what the draft makes now."""
+
+    def ready(self, found: Checked | None) -> bool:
+        """Whether the person may go on; puts the focus on what is in the way."""
+        return True
+
+    @on(Input.Submitted)
+    @on(OptionList.OptionSelected)
+    @on(DataTable.RowSelected)
+    def entered(self, event: Message) -> None:
+        event.stop()
+        self.post_message(self.Done())
+
+
+class MethodPage(Page):
+    first = "#method"
+
+    def compose(self) -> ComposeResult:
+        yield Words("What shall the model learn from?", classes="question")
+        entries = []
+        for method in METHODS:
+            title, *lines = METHOD_HELP[method]
+            text = Content("\n").join([Content.styled(title, "bold"), *(Content(f"  {line}") for line in lines)])
+            entries += [Entry(text, id=method), None]
+        options = Menu(*entries[:-1], id="method", markup=False)
+        options.highlighted = METHODS.index(self.draft.method)
+        yield options
+
+    @on(OptionList.OptionHighlighted)
+    def highlighted(self, event: OptionList.OptionHighlighted) -> None:
+        chosen = next((method for method in METHODS if method == event.option_id), None)
+        if chosen and chosen != self.draft.method:
+            self.draft.method = chosen
+            self.edited()
+
+
+class ModelPage(Page):
+    first = "#sizes"
+
+    def compose(self) -> ComposeResult:
+        yield Words("Which model?", classes="question")
+        yield Rows(id="sizes", cursor_type="row")
+        yield Words(id="about-size")
+        yield Words(
+            "Or a model of your own: a Hub id, a folder, or run:NAME for an earlier run's result.", classes="gap"
+        )
+        yield Line(clean(self.draft.model), placeholder="OWNER/NAME, folder or run:NAME", id="own")
+        yield Words(id="model-problem")
+
+    def on_mount(self) -> None:
+        table = self.query_one("#sizes", DataTable)
+        table.add_columns("size", "model", "LoRA", "batch", "GiB", "fits here?")
+        for size, preset in size_presets().items():
+            table.add_row(*(Text(clean(cell, 40)) for cell in self._cells(size, preset)), key=size)
+        size = self.draft.size or ("7b" if gpu_present() else "135m")
+        table.move_cursor(row=list(size_presets()).index(size))
+        self.query_one("#own" if self.draft.model else "#sizes").focus()
+
+    def _cells(self, size: str, preset: dict[str, Any]) -> list[str]:
+        stage, about = preset[self.draft.stages[-1]], preset["about"]
+        memory = str(about[f"memory_{self.draft.stages[-1]}"])
+        return [
+            size,
+            preset["model"]["name"].rsplit("/", 1)[-1],
+            f"{preset['lora']['r']}/{preset['lora']['alpha']}",
+            f"{stage['batch_size']}×{stage['gradient_accumulation_steps']}",
+            memory.replace("-", "–"),
+            fits(size, memory),
+        ]
+
+    @on(DataTable.RowHighlighted)
+    def highlighted(self, event: DataTable.RowHighlighted) -> None:
+        size = str(event.row_key.value)
+        name = size_presets()[size]["model"]["name"]
+        default = "7b" if gpu_present() else "135m"
+        why = (
+            ""
+            if size != default
+            else "  The default here: "
+            + (
+                "there is an NVIDIA GPU."
+                if gpu_present()
+                else "there is no NVIDIA GPU, and this one trains on the CPU."
+            )
+        )
+        self.query_one("#about-size", Words).say(f"{name}.{why}")
+        if size != (self.draft.size or default):
+            self.draft.size = size
+            self.edited()
+
+    @on(Input.Changed, "#own")
+    def typed(self, event: Input.Changed) -> None:
+        if event.value != self.draft.model:
+            self.draft.model = event.value
+            self.edited()
+
+    def show(self, found: Checked) -> None:
+        error = found.problems.get("model") or found.problems.get("model.name")
+        own = "Your own model is used; clear the line to take one from the table." if self.draft.model.strip() else ""
+        self.query_one("#model-problem", Words).say(problem_words(error) if error else own)
+
+
+def fits(size: str, memory: str) -> str:
+    """Whether the figures of a size go into the first card here, in a word and a glyph."""
+    from core.gpu import gpus
+
+    cards = gpus()
+    if not cards:
+        return "✔ CPU" if size == "135m" else "✘ needs GPU"
+    total = (cards[0].memory_total_bytes or 0) / (1 << 30)
+    needed = float(memory.split(" ")[0].rsplit("-", 1)[-1])
+    return "✔ yes" if needed < 0.92 * total else "✘ too large" if needed > total else "~ tight"
+
+
+class DataPage(Page):
+    """A block for each stage: which rows, and what a look into them found."""
+
+    @dataclass
+    class Wanted(Message):
+        """The rows of a stage were named anew and should be looked at."""
+
+        stage: str
+
+    def compose(self) -> ComposeResult:
+        yield Words("Which rows?", classes="question")
+        for stage in self.draft.stages:
+            rows = self.draft.data[stage]
+            with Vertical(id=f"rows-{stage}", classes="rows"):
+                needs = "conversations" if stage == "sft" else "conversations with a label, true or false"
+                yield Words(Content.assemble((stage.upper(), "bold"), (f"  {needs}", "$foreground-muted")))
+                yield Choice(ROW_KINDS, rows.kind, classes="kind")
+                yield Line(
+                    clean(rows.file),
+                    placeholder="path of a JSONL, JSON, CSV or Parquet file",
+                    classes="file",
+                )
+                yield Line(clean(rows.dataset), placeholder="OWNER/NAME on the Hub", classes="dataset")
+                yield Line(
+                    clean(rows.dataset_file),
+                    placeholder="file in it (empty: the only one)",
+                    classes="dataset_file",
+                )
+                yield Words(classes="report")
+
+    def on_mount(self) -> None:
+        for stage in self.draft.stages:
+            self._lay_out(stage)
+        self.query(Choice).first().focus()
+
+    def _lay_out(self, stage: str) -> None:
+        """Show the lines that the kind of rows needs, and ask for a look into them."""
+        kind = self.draft.data[stage].kind
+        block = self.query_one(f"#rows-{stage}")
+        block.query_one(".file").display = kind == "file"
+        for name in (".dataset", ".dataset_file"):
+            block.query_one(name).display = kind == "hub"
+        self.post_message(self.Wanted(stage))
+
+    def report(self, stage: str, words: Content) -> None:
+        self.query_one(f"#rows-{stage}").query_one(".report", Words).say(words)
+
+    @staticmethod
+    def _stage_of(widget: Widget) -> str:
+        return str(widget.parent.id).removeprefix("rows-") if widget.parent else ""
+
+    @on(Choice.Changed)
+    def chosen(self, event: Choice.Changed) -> None:
+        stage = self._stage_of(event.choice)
+        self.draft.data[stage] = self.draft.data[stage].model_copy(update={"kind": event.value})
+        self._lay_out(stage)
+        self.edited()
+
+    @on(Input.Changed)
+    def typed(self, event: Input.Changed) -> None:
+        stage = self._stage_of(event.input)
+        field = next(name for name in ("file", "dataset", "dataset_file") if event.input.has_class(name))
+        if event.value != getattr(self.draft.data[stage], field):
+            setattr(self.draft.data[stage], field, event.value)
+            self.post_message(self.Wanted(stage))
+            self.edited()

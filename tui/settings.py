@@ -1,0 +1,228 @@
+"""The wizard's pages of settings and review, made from the plan's own description of its options."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from textual import on
+from textual.app import ComposeResult
+from textual.containers import Container, Vertical
+from textual.content import Content
+from textual.message import Message
+from textual.widget import Widget
+from textual.widgets import Collapsible, Input
+
+from core.config import OPTIONS
+from core.errors import FinetuiError
+from core.plan import Option, Plan
+from core.text import clean
+from tui.draft import DEMO, SOURCE, Checked, Draft, applies
+from tui.pages import Page, problem_words
+from tui.widgets import Choice, Line, Words
+
+GROUPS = {
+    "": "The run",
+    "model": "Model",
+    "lora": "Adapter (LoRA)",
+    "sft": "SFT",
+    "kto": "KTO",
+    "evaluate": "Evaluation",
+    "tracking": "Trackers",
+}
+CHOICE_WIDTH = 22
+
+
+class Setting(Container):
+    """One option: name, value and where the value comes from; below them the help, or what is wrong with the value."""
+
+    @dataclass
+    class Changed(Message):
+        path: str
+        text: str
+
+    def __init__(self, option: Option, text: str, plan: Plan | None) -> None:
+        super().__init__(classes="setting")
+        self.option, self.text = option, text
+        self._preset = shown_value(plan, option.path) if plan else ""
+
+    def compose(self) -> ComposeResult:
+        yield Words(self.option.path.split(".", 1)[-1], classes="name")
+        words = () if self.option.kind is list else self.option.choices
+        words = ("true", "false") if self.option.kind is bool else words
+        if words and sum(len(word) + 4 for word in words) <= CHOICE_WIDTH:
+            yield Choice([(word, word) for word in words], self.text or self._preset, clearable=True, classes="value")
+        else:
+            yield Line(clean(self.text), placeholder=self._preset, classes="value")
+        yield Words(classes="source")
+        yield Words(classes="help")
+
+    def explain(self, found: Checked) -> None:
+        """Help, unit and source of the value in force; or what is wrong with the one typed."""
+        error = found.problems.get(self.option.path)
+        self.set_class(error is not None, "-wrong")
+        self.query_one(".source", Words).say(source_of(found, self.option.path) if not error else "▸ cannot be used")
+        if error:
+            message = error.message.removeprefix(f"{self.option.path}: ").replace(f", from {SOURCE}", "")
+            self.query_one(".help", Words).say(problem_words(FinetuiError(message, error.advice)))
+            return
+        unit = f" [{self.option.unit}]" if self.option.unit else ""
+        choices = f": {', '.join(self.option.choices)}" if self.option.choices and self.query(Input) else ""
+        self.query_one(".help", Words).say(f"{self.option.help}{choices}{unit}")
+        if found.resolved and not self.text:
+            self._show_preset(shown_value(found.resolved.plan, self.option.path))
+
+    def _show_preset(self, value: str) -> None:
+        for line in self.query(Input):
+            line.placeholder = clean(value, 60)
+        for choice in self.query(Choice):
+            choice.show(value)
+
+    @on(Input.Changed)
+    @on(Choice.Changed)
+    def changed(self, event: Input.Changed | Choice.Changed) -> None:
+        event.stop()
+        if event.value != self.text:
+            self.text = event.value
+            self.post_message(self.Changed(self.option.path, event.value))
+
+
+def shown_value(plan: Plan, path: str) -> str:
+    """A value of the plan as one would type it."""
+    value: Any = plan
+    for part in path.split("."):
+        value = getattr(value, part)
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(str, value))}]"
+    return "" if value is None else str(value)
+
+
+def source_of(found: Checked, path: str) -> str:
+    """Where a value came from, in the wizard's words."""
+    source = found.resolved.sources.get(path, "default") if found.resolved else ""
+    if source == SOURCE:
+        return "▸ set here"
+    return DEMO if source.startswith("file ") else "chosen" if source == "command" else source
+
+
+class SettingsPage(Page):
+    """The options people change, and all others under Advanced."""
+
+    waits_for_check = True
+
+    def __init__(self, draft: Draft, found: Checked | None) -> None:
+        super().__init__(draft)
+        self._found = found
+
+    def compose(self) -> ComposeResult:
+        yield Words("Type over what you want to change; clear a line for the preset's value.", classes="question")
+        yield from self._fields(True)
+        with Collapsible(title="Advanced: everything else (Enter opens it)", id="advanced"):
+            yield Vertical(id="others")
+
+    def _fields(self, common: bool) -> Iterable[Widget]:
+        plan = self._found.resolved.plan if self._found and self._found.resolved else None
+        group = None
+        for path, option in OPTIONS.items():
+            if option.common != common or not applies(path, self.draft.stages) or is_rows(path):
+                continue
+            section = path.split(".")[0] if "." in path else ""
+            if section != group:
+                group = section
+                yield Words(GROUPS.get(section, section), classes="group")
+            yield Setting(option, self.draft.values.get(path, ""), plan)
+
+    def on_mount(self) -> None:
+        self.query(Setting).first().query(".value").first().focus()
+
+    @on(Collapsible.Expanded)
+    async def unfold(self) -> None:
+        others = self.query_one("#others")
+        if not others.children:
+            await others.mount_all(self._fields(False))
+            if self._found:
+                self.show(self._found)
+
+    def show(self, found: Checked) -> None:
+        self._found = found
+        for setting in self.query(Setting):
+            setting.explain(found)
+
+    def ready(self, found: Checked | None) -> bool:
+        wrong = [setting for setting in self.query(Setting) if found and setting.option.path in found.problems]
+        if wrong:
+            wrong[0].query(".value").first().focus()
+        return not wrong
+
+    @on(Setting.Changed)
+    def changed(self, event: Setting.Changed) -> None:
+        self.draft.values = {**self.draft.values, event.path: event.text}
+        self.edited()
+
+
+def is_rows(path: str) -> bool:
+    """Whether an option belongs to the page about data."""
+    return path.endswith((".data.file", ".data.dataset", ".data.dataset_file", ".data.demo"))
+
+
+class ReviewPage(Page):
+    """The plan as the run will use it, each value with its source; the command; whether model and rows are fit."""
+
+    can_focus = True
+
+    def compose(self) -> ComposeResult:
+        yield Words(id="what")
+        yield Words(id="verdict", classes="gap")
+        yield Words(id="command", classes="gap")
+        yield Words(id="plan", classes="gap")
+
+    def on_mount(self) -> None:
+        self.focus()
+
+    def show(self, found: Checked) -> None:
+        if found.resolved is None:
+            self.query_one("#what", Words).say("This plan does not hold together yet.")
+            return
+        plan = found.resolved.plan
+        model = clean(plan.model.name or "a model", 60)
+        rows = ", ".join(f"{stage.upper()} on {rows_words(plan, stage)}" for stage in plan.training_stages)
+        scored = ", then a score on held-out prompts" if plan.evaluate.enabled else ""
+        self.query_one("#what", Words).say(Content.assemble((model, "bold"), "\n", f"{clean(rows, 300)}{scored}"))
+        self.query_one("#plan", Words).say(plan_words(found, self.draft.stages))
+
+    def command(self, words: str) -> None:
+        self.query_one("#command", Words).say(
+            Content.assemble(("The same without the app: ", "$foreground-muted"), clean(words, 2000))
+        )
+
+    def verdict(self, words: Content) -> None:
+        self.query_one("#verdict", Words).say(words)
+
+
+def rows_words(plan: Plan, stage: str) -> str:
+    data = plan.stage(stage).data
+    return "the demo's rows" if data.demo else data.file or data.dataset or "no rows yet"
+
+
+def plan_words(found: Checked, stages: list[str]) -> Content:
+    """Every value of the plan that applies, with its source; what was set here is marked."""
+    assert found.resolved
+    lines: list[Content] = []
+    group = None
+    for path in OPTIONS:
+        section = path.split(".")[0] if "." in path else ""
+        if section in ("sft", "kto") and section not in stages:
+            continue
+        if section != group:
+            group = section
+            lines += [Content(""), Content.styled(GROUPS.get(section, section), "bold $text-accent")]
+        value = clean(shown_value(found.resolved.plan, path), 300) or "–"
+        source = clean(source_of(found, path), 80)
+        own = "bold" if found.resolved.sources.get(path) == SOURCE else ""
+        name = path.removeprefix(f"{section}.") if section else path
+        words = f"{clean(name, 40):<28} {value:<24}  "
+        lines.append(Content.assemble((words, own), (source, own or "$foreground-muted")))
+    return Content("\n").join(lines[1:])

@@ -1,0 +1,324 @@
+"""The app's own widgets. Foreign text goes through `clean` and is shown as Content or Text, not markup."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from rich.text import Text
+from textual import events, on
+from textual.app import ComposeResult
+from textual.binding import Binding
+from textual.containers import Horizontal
+from textual.content import Content
+from textual.message import Message
+from textual.reactive import reactive
+from textual.screen import Screen
+from textual.widget import Widget
+from textual.widgets import DataTable, Footer, Input, OptionList, Static
+from textual.worker import Worker, WorkerState
+
+from core.errors import FinetuiError
+from core.text import clean, number
+from core.watch import GLYPHS
+
+HUES = {
+    "running": "$text-primary",
+    "stopping": "$text-warning",
+    "done": "$text-success",
+    "failed": "$text-error",
+    "crashed": "$text-error",
+    "stopped": "$text-warning",
+    "aborted": "$text-warning",
+    "waiting": "$foreground-muted",
+}
+BRAILLE = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
+Result = TypeVar("Result")
+
+
+def status_text(status: str, colours: Mapping[str, str]) -> Text:
+    """Glyph and word of a status for a table's cell, which takes no Content; `colours` are the theme's variables."""
+    hue = colours.get(HUES.get(status, "").removeprefix("$"), "")
+    return Text(f"{GLYPHS.get(status, '?')} {clean(status, 12)}", style=hue if hue.startswith("#") else "")
+
+
+def status_words(status: str) -> Content:
+    """Glyph and word of a status."""
+    return Content.styled(f"{GLYPHS.get(status, '?')} {clean(status, 12)}", f"bold {HUES.get(status, '')}".strip())
+
+
+def keys(*pairs: tuple[str, str]) -> Content:
+    """Keys with what they do: the key bold, the word muted."""
+    parts: list[Any] = []
+    for key, word in pairs:
+        parts += ["   " if parts else "", (key, "bold"), (f" {word}", "$foreground-muted")]
+    return Content.assemble(*parts)
+
+
+class Words(Static):
+    """Text that is never taken for markup. Strings are cleaned; Content made in this app is shown as it is."""
+
+    def __init__(self, words: str | Content = "", *, id: str | None = None, classes: str | None = None) -> None:
+        super().__init__(self._safe(words), id=id, classes=classes, markup=False)
+
+    def say(self, words: str | Content) -> None:
+        """Show something else; nothing is redrawn where it is the same."""
+        safe = self._safe(words)
+        if safe != self.content:
+            self.update(safe)
+
+    @staticmethod
+    def _safe(words: str | Content) -> Content:
+        return words if isinstance(words, Content) else Content(clean(words, newlines=True))
+
+
+class Banner(Horizontal):
+    """The line on top: where one is, and a word on the right."""
+
+    def __init__(self, place: str) -> None:
+        super().__init__()
+        self._place = place
+
+    def compose(self) -> ComposeResult:
+        yield Words(Content.assemble((" finetui ", "bold reverse"), " ", Content(clean(self._place, 120))), id="place")
+        yield Words(id="aside")
+
+    def say(self, aside: str | Content) -> None:
+        self.query_one("#aside", Words).say(aside)
+
+
+class Room(Screen[Result]):
+    """A screen of the app: banner, body, keys. An unforeseen error of a worker becomes a sentence, not a traceback."""
+
+    BINDINGS = [
+        Binding("tab", "app.focus_next", "Next field", show=False),
+        Binding("shift+tab", "app.focus_previous", "Field before", show=False),
+    ]
+    place = ""
+
+    def compose(self) -> ComposeResult:
+        yield Banner(self.place)
+        yield from self.body()
+        yield Footer(compact=True, show_command_palette=False)
+
+    def body(self) -> ComposeResult:
+        raise NotImplementedError
+
+    def report_errors(self, deed: Callable[[], object]) -> None:
+        """In a thread: do it, and tell the person what the core says against it."""
+        try:
+            deed()
+        except FinetuiError as error:
+            self.post_message(self.Refused(error))
+
+    @dataclass
+    class Refused(Message):
+        """The core refused what was asked of it."""
+
+        error: FinetuiError
+
+    @on(Refused)
+    def refused(self, event: Refused) -> None:
+        self.notify(clean(event.error.advice), title=clean(event.error.message, 300), severity="error", markup=False)
+
+    @on(Worker.StateChanged)
+    def tell_of_failure(self, event: Worker.StateChanged) -> None:
+        if event.state is WorkerState.ERROR:
+            error = event.worker.error
+            self.notify(
+                clean(f"{type(error).__name__}: {error}", 300),
+                title="A defect of finetui",
+                severity="error",
+                markup=False,
+                timeout=15,
+            )
+
+
+class StepBar(Static):
+    """Steps in a row, each with its state as glyph and weight."""
+
+    def __init__(self, id: str | None = None) -> None:
+        super().__init__(id=id, markup=False)
+
+    def show(self, steps: Sequence[tuple[str, str]], here: int) -> None:
+        """`steps` are (name, state); `here` is the one that is underlined."""
+        parts: list[Any] = []
+        for index, (name, state) in enumerate(steps):
+            hue = HUES.get(state, "")
+            weight = "bold reverse" if index == here else ""
+            label = f" {GLYPHS.get(state, '?')} {clean(name, 24)} "
+            parts += [(" ── ", "$foreground-muted") if parts else "", (label, f"{weight} {hue}".strip())]
+        content = Content.assemble(*parts)
+        if content != self.content:
+            self.update(content)
+
+
+class Line(Input):
+    """A line to type in; Enter goes on."""
+
+    BINDINGS = [Binding("enter", "submit", "Next")]
+
+    def __init__(self, value: str, *, placeholder: str, id: str | None = None, classes: str | None = None) -> None:
+        super().__init__(value, placeholder=placeholder, id=id, classes=classes, compact=True, select_on_focus=False)
+
+
+class Menu(OptionList):
+    """Entries to choose from; Enter takes one and goes on."""
+
+    BINDINGS = [Binding("enter", "select", "Next")]
+
+
+class Rows(DataTable[Text]):
+    """Rows to choose from; Enter takes one and goes on."""
+
+    BINDINGS = [Binding("enter", "select_cursor", "Next")]
+
+
+class Choice(Widget, can_focus=True):
+    """One of a few words, chosen with the left and right arrows, Space or the mouse."""
+
+    BINDINGS = [
+        Binding("left", "move(-1)", "Previous", show=False),
+        Binding("right,space", "move(1)", "Next", show=False),
+        Binding("backspace,delete", "clear", "Preset's value", show=False),
+    ]
+    value: reactive[str] = reactive("")
+
+    @dataclass
+    class Changed(Message):
+        """The person chose another word."""
+
+        choice: "Choice"
+        value: str
+
+        @property
+        def control(self) -> "Choice":
+            return self.choice
+
+    def __init__(
+        self, options: Sequence[tuple[str, str]], value: str, *, clearable: bool = False, classes: str | None = None
+    ) -> None:
+        """`options` are (value, words shown). A clearable choice says "" on Backspace, for the preset's value."""
+        super().__init__(classes=classes)
+        self.options = list(options)
+        self.clearable = clearable
+        self.set_reactive(Choice.value, value)
+
+    def show(self, value: str) -> None:
+        """Show another word without saying that the person chose it."""
+        self.set_reactive(Choice.value, value)
+        self.refresh()
+
+    def _labels(self) -> list[tuple[str, str]]:
+        return [(value, f" {'◉' if value == self.value else '○'} {words} ") for value, words in self.options]
+
+    def render(self) -> Content:
+        return Content.assemble(
+            *((label, "bold underline" if value == self.value else "") for value, label in self._labels())
+        )
+
+    def action_move(self, by: int) -> None:
+        values = [value for value, _ in self.options]
+        at = values.index(self.value) if self.value in values else -1
+        self._choose(values[max(0, min(len(values) - 1, at + by))] if by < 0 else values[(at + by) % len(values)])
+
+    def action_clear(self) -> None:
+        if self.clearable:
+            self.post_message(self.Changed(self, ""))
+
+    def on_click(self, event: events.Click) -> None:
+        at = event.get_content_offset_capture(self).x
+        for value, label in self._labels():
+            if at < len(label):
+                self._choose(value)
+                return
+            at -= len(label)
+
+    def _choose(self, value: str) -> None:
+        if value != self.value:
+            self.value = value
+            self.post_message(self.Changed(self, value))
+
+
+def bar(done: float, width: int) -> str:
+    """A bar of `width` cells, `done` between 0 and 1."""
+    filled = round(max(0.0, min(1.0, done)) * width)
+    return "█" * filled + "░" * (width - filled)
+
+
+def curve(points: Sequence[tuple[int, float | None]], width: int, height: int) -> list[str]:
+    """A line through (step, value) as rows of braille, `width` by `height` cells. None is a gap."""
+    finite = [value for _, value in points if value is not None]
+    if not finite or width < 1 or height < 1:
+        return [" " * width] * height
+    low, high = min(finite), max(finite)
+    first, last = points[0][0], points[-1][0]
+    columns, rows = 2 * width - 1, 4 * height - 1
+    cells = [[0] * width for _ in range(height)]
+    before: tuple[int, int] | None = None
+    for step, value in points:
+        if value is None:
+            before = None
+            continue
+        x = round((step - first) / (last - first) * columns) if last > first else columns // 2
+        y = round((high - value) / (high - low) * rows) if high > low else rows // 2
+        for dot_x, dot_y in _line(before or (x, y), (x, y)):
+            cells[dot_y // 4][dot_x // 2] |= BRAILLE[dot_y % 4][dot_x % 2]
+        before = (x, y)
+    return ["".join(chr(0x2800 + cell) if cell else " " for cell in row) for row in cells]
+
+
+def _line(start: tuple[int, int], end: tuple[int, int]) -> list[tuple[int, int]]:
+    """The dots from start to end."""
+    count = max(abs(end[0] - start[0]), abs(end[1] - start[1]), 1)
+    return [
+        (round(start[0] + (end[0] - start[0]) * i / count), round(start[1] + (end[1] - start[1]) * i / count))
+        for i in range(count + 1)
+    ]
+
+
+class Chart(Widget):
+    """A metric over steps: name and newest value above, the scale on the left, the steps below."""
+
+    def __init__(self, id: str | None = None, classes: str | None = None) -> None:
+        super().__init__(id=id, classes=classes)
+        self._title = ""
+        self._points: list[tuple[int, float | None]] = []
+
+    def show(self, title: str, points: Sequence[tuple[int, float | None]]) -> None:
+        fresh = list(points)
+        if (title, fresh) != (self._title, self._points):
+            self._title, self._points = title, fresh
+            self.refresh()
+
+    def render(self) -> Content:
+        width, height = self.content_size
+        finite = [value for _, value in self._points if value is not None]
+        gaps = len(self._points) - len(finite)
+        newest = number(finite[-1]) if finite else "–"
+        head = Content.assemble(
+            (clean(self._title, 40), "bold"), f"  {newest}", (f"  {gaps} not finite" if gaps else "", "$text-warning")
+        )
+        if height < 4 or width < 16:
+            return head
+        if len(finite) < 2:
+            words = "a curve takes two points" if finite else "nothing logged yet"
+            return Content("\n").join([head, Content.styled(words, "$foreground-muted")])
+        rows = height - 2
+        high, low = scale_words(max(finite), min(finite))
+        scale = [high.rjust(8), *[" " * 8] * (rows - 2), low.rjust(8)]
+        drawn = curve(self._points, width - 10, rows)
+        lines = [
+            Content.assemble((f"{mark} ┤", "$foreground-muted"), (row, "$text-accent"))
+            for mark, row in zip(scale, drawn, strict=True)
+        ]
+        first, last = str(self._points[0][0]), f"step {self._points[-1][0]}"
+        axis = f"{' ' * 10}{first}{last.rjust(max(1, width - 10 - len(first)))}"
+        return Content("\n").join([head, *lines, Content.styled(axis, "$foreground-muted")])
+
+
+def scale_words(high: float, low: float) -> tuple[str, str]:
+    """Both ends of a scale with as many digits as tell them apart."""
+    for digits in (3, 4, 5, 6):
+        if number(high, digits) != number(low, digits):
+            break
+    return number(high, digits), number(low, digits)
