@@ -2,20 +2,34 @@
 
 import importlib.util
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
-from core import gpu
-from core.config import Resolved
+from core import gpu as nvml
+from core.config import Resolved, resolve
 from core.errors import FinetuiError
 
 
 def gpu_present() -> bool:
     """Whether NVML sees a card."""
-    return bool(gpu.gpus())
+    return bool(nvml.gpus())
 
 
 def installed(package: str) -> bool:
     """Whether a package can be imported, without importing it."""
     return importlib.util.find_spec(package) is not None
+
+
+def make_plan(
+    method: str | None, config: Path | None, settings: dict[str, tuple[Any, str]], *, gpu: bool | None = None
+) -> Resolved:
+    """Resolve a plan, make its files' paths absolute, and settle it for this machine. Raises FinetuiError."""
+    found = resolve(method, config, settings, gpu_present=gpu_present() if gpu is None else gpu)
+    sections: list[Any] = [found.plan.stage(stage).data for stage in found.plan.training_stages]
+    for section in [*sections, found.plan.evaluate]:
+        if section.file:
+            section.file = str(Path(section.file).expanduser().absolute())
+    return settle(found)
 
 
 def settle(resolved: Resolved) -> Resolved:

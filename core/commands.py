@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 from core import runner
-from core.backend import gpu_present, settle
+from core.backend import make_plan
 from core.cli import print_json, settings_of, take_token
-from core.config import Resolved, resolve
+from core.config import Resolved
 from core.errors import FinetuiError
 from core.paths import configs_dir, runs_dir
 from core.plan import Plan
@@ -29,14 +29,7 @@ def resolved(arguments: argparse.Namespace, method: str, *, demo: bool = False) 
         target = arguments.output_dir.expanduser().absolute()
         arguments.runs_dir = target.parent
         settings["name"] = (target.name, "flag --output-dir")
-    found = resolve(method, config, settings, gpu_present=gpu_present())
-    for stage in found.plan.training_stages:
-        data = found.plan.stage(stage).data
-        if data.file:
-            data.file = str(Path(data.file).expanduser().absolute())
-    if found.plan.evaluate.file:
-        found.plan.evaluate.file = str(Path(found.plan.evaluate.file).expanduser().absolute())
-    return settle(found)
+    return make_plan(method, config, settings)
 
 
 def train(arguments: argparse.Namespace, method: str, *, demo: bool = False) -> int:
@@ -143,7 +136,8 @@ def runs(arguments: argparse.Namespace) -> int:
     elif not found:
         console().print(f"No runs in {folder}. Start one with `finetui demo`.", markup=False, highlight=False)
     else:
-        console().print(runs_table(found))
+        out = console()
+        out.print(runs_table(found, out.width))
     return 0
 
 

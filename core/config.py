@@ -5,6 +5,7 @@ Precedence, lowest first: the field's default, the method's preset (``configs/ME
 """
 
 import difflib
+import functools
 import hashlib
 import json
 from dataclasses import dataclass
@@ -150,8 +151,15 @@ def flatten(tree: dict[str, Any], prefix: str = "", *, keep_auto: bool = False) 
     return flat
 
 
+@functools.cache
+def _method_preset(method: str) -> dict[str, Any]:
+    """``configs/METHOD.yaml``, read once, as dotted paths."""
+    return flatten(read_yaml(configs_dir() / f"{method}.yaml"))
+
+
+@functools.cache
 def size_presets() -> dict[str, dict[str, Any]]:
-    """``configs/models.yaml`` by size. Each entry has ``about`` (for people) beside the plan's sections."""
+    """``configs/models.yaml`` by size, read once. Each entry has ``about`` (for people) beside the plan's sections."""
     return yaml.safe_load((configs_dir() / "models.yaml").read_text(encoding="utf-8"))
 
 
@@ -198,7 +206,7 @@ def resolve(
             values[path] = value
             sources[path] = source
 
-    lay(flatten(read_yaml(configs_dir() / f"{chosen_method}.yaml")), f"preset {chosen_method}.yaml")
+    lay(_method_preset(chosen_method), f"preset {chosen_method}.yaml")
     lay({"method": chosen_method}, "command" if method else sources.get("method", "file"))
 
     def wanted(path: str, default: Any = None) -> Any:

@@ -1,7 +1,7 @@
 """Answer held-out prompts with the base model and after each stage, and score the tool calls.
 
-``python -P -m core.evaluate RUN evaluate``, run by core.runner after training. Every answer is generated greedily by the
-models of this run; answers and scores go into RUN/evaluate, the table into the event ``result``.
+``python -P -m core.evaluate RUN evaluate``, run by core.runner after training. Every answer is generated greedily by
+the models of this run; answers and scores go into RUN/evaluate, the table into the event ``result``.
 """
 
 import contextlib

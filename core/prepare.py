@@ -88,7 +88,8 @@ def prepare(
     if name == "kto":
         if len(data.labels) < 2:
             raise FinetuiError(
-                "After the length limit only one label is left for KTO.", "Raise kto.max_length or kto.max_prompt_length."
+                "After the length limit only one label is left for KTO.",
+                "Raise kto.max_length or kto.max_prompt_length.",
             )
         if data.held_out and len(data.held_out.examples) < 2:
             raise FinetuiError("One held-out row is too few for KTO.", "Raise the share given to --split-dataset.")

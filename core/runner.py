@@ -6,6 +6,7 @@ memory is really freed in between. It imports no torch. Start one with `start`; 
 
 import contextlib
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -141,8 +142,8 @@ class Runner:
         me = psutil.Process()
         fresh = not any(self.run.stage_path(stage).exists() for stage in self.plan.stages)
         self.run.events.append(
-            "run_start", version=__version__, python=sys.version.split()[0], host=os.uname().nodename if hasattr(os, "uname") else "",
-            pid=me.pid, pid_started=me.create_time(), resumed=not fresh,
+            "run_start", version=__version__, python=sys.version.split()[0], host=platform.node(), pid=me.pid,
+            pid_started=me.create_time(), resumed=not fresh,
         )  # fmt: skip
         base = ""
         for index, stage in enumerate(self.plan.stages):
@@ -216,8 +217,9 @@ class Runner:
         if number == getattr(signal, "SIGKILL", 9):
             advice = f"If memory ran out, lower {stage}.batch_size or {stage}.max_length. {advice}"
         self.run.events.append(
-            "error", stage=stage, type="Killed", message=f"The trainer was ended by {_exit_words(-number)}.", advice=advice
-        )
+            "error", stage=stage, type="Killed", advice=advice,
+            message=f"The trainer was ended by {_exit_words(-number)}.",
+        )  # fmt: skip
 
     def _log_tail(self, position: int, lines: int = 20) -> str:
         """The last lines this stage wrote to the log."""

@@ -22,6 +22,7 @@ import psutil
 from core.config import Resolved, load_plan, save_plan
 from core.errors import FinetuiError
 from core.events import EventLog, RunState, parse_line, state_of
+from core.notes import Note, read_note
 from core.paths import writing_whole
 from core.plan import Plan
 
@@ -327,7 +328,7 @@ def delete_run(run: Run) -> None:
 def summary(run: Run, tail_bytes: int = 65_536) -> dict[str, Any]:
     """What the history shows of a run, from the head and the tail of its log: cheap for a thousand runs.
 
-    Keys: name, status, method, model, note, created, started (unix seconds or None), duration_s, stage, step, loss,
+    Keys: name, status, method, model, note, pinned, created, started (unix seconds or None), duration_s, stage, step, loss,
     margin.
     """
     state = RunState(name=run.name)
@@ -338,12 +339,14 @@ def summary(run: Run, tail_bytes: int = 65_536) -> dict[str, Any]:
     begun = state.started or state.created
     until = time.time() if now in ("running", "stopping") else state.ended or _modified(run.events_path)
     training = [stage for stage in state.stages if stage.series]
+    note = read_note(run.path) or Note(state.note)
     return {
         "name": run.name,
         "status": now,
         "method": state.method,
         "model": state.model,
-        "note": state.note,
+        "note": note.text,
+        "pinned": note.pinned,
         "created": state.created,
         "started": state.started,
         "duration_s": round(until - begun, 1) if begun and until else None,

@@ -56,7 +56,8 @@ def dry_run(plan: Plan, *, load: bool) -> dict[str, Any]:
         steps = planned_steps(stage, name, report["examples"])
         per_epoch = steps / stage.num_train_epochs if stage.max_steps < 0 else None
         per_epoch = per_epoch or -(-report["examples"] // stage.effective_batch)
-        stages[name] = {**report, "steps": steps, "steps_per_epoch": per_epoch, "effective_batch": stage.effective_batch}
+        counted = {"steps": steps, "steps_per_epoch": per_epoch, "effective_batch": stage.effective_batch}
+        stages[name] = report | counted
         text.append(
             f"{name.upper()}: {report['examples']} examples, {report['tokens']:,} tokens an epoch "
             f"({report['trained_tokens']:,} trained), longest {report['longest']}; {per_epoch:.0f} steps of "

@@ -214,38 +214,54 @@ class _Bar(_View):
             )
 
 
-def runs_table(found: list[dict[str, Any]]) -> Table:
-    """The history as a table; every cell is plain text."""
+def runs_table(found: list[dict[str, Any]], width: int = 120) -> Table:
+    """The history as a table that fits `width` cells; every cell is plain text."""
+    columns = ["status", "run", "method", "took", "loss", "margin"]
+    columns += [name for name, needed in (("started", 100), ("model", 112)) if width >= needed]
     table = Table(box=None, pad_edge=False)
-    for column in ("status", "run", "method", "model", "started", "took", "loss", "margin"):
-        table.add_column(column, no_wrap=column != "run", overflow="fold")
+    for column in columns:
+        table.add_column(column, no_wrap=True, overflow="ellipsis" if column == "model" else "fold")
     for row in found:
         started = time.strftime("%d %b %H:%M", time.localtime(row["started"])) if row["started"] else "–"
-        cells = [
-            f"{GLYPHS.get(row['status'], '?')} {row['status']}", row["name"], row["method"], row["model"], started,
-            duration(row["duration_s"]), number(row["loss"]), number(row["margin"], 3),
-        ]  # fmt: skip
-        table.add_row(*(Text(clean(cell, 60), style=STYLES.get(row["status"], "") if not i else "") for i, cell in
-                        enumerate(cells)))  # fmt: skip
+        cells = {
+            "status": f"{GLYPHS.get(row['status'], '?')} {row['status']}", "run": row["name"], "method": row["method"],
+            "took": duration(row["duration_s"]), "loss": number(row["loss"]), "margin": number(row["margin"], 3),
+            "started": started, "model": row["model"],
+        }  # fmt: skip
+        style = STYLES.get(row["status"], "")
+        table.add_row(*(Text(clean(cells[c], 100), style=style if c == "status" else "") for c in columns))
     return table
 
 
 def result_table(result: Event) -> Table:
-    """The evaluation's table: how many held-out prompts each model answered rightly, with 95 % intervals."""
+    """The evaluation's table: how many held-out prompts each model answered rightly, with 95 % intervals.
+
+    Raises TypeError, ValueError or AttributeError for an event that is no result; see `shown_result`.
+    """
     names = {"base": "base model", "start": "start", "sft": "after SFT", "kto": "after KTO"}
-    table = Table(box=None, pad_edge=False, title=f"{result.get('prompts')} held-out prompts", title_justify="left")
+    title = Text(f"{int(result['prompts'])} held-out prompts, share right and its 95 % interval", style="italic")
+    table = Table(box=None, pad_edge=False, title=title, title_justify="left")
     table.add_column("")
     for mark in ("format", "right tool", "arguments", "all three"):
         table.add_column(mark, justify="right")
-    for variant, marks in (result.get("table") or {}).items():
-        cells = []
-        for mark in MARKS:
-            entry = (marks or {}).get(mark) or {}
-            hits, total = entry.get("hits") or 0, entry.get("total") or 1
-            low, high = 100 * (entry.get("low") or 0), 100 * (entry.get("high") or 0)
-            cells.append(f"{hits}/{total} {100 * hits / total:3.0f} % [{low:.0f}–{high:.0f}]")
+    for variant, marks in result["table"].items():
+        cells = [_rate(marks.get(mark, {})) for mark in MARKS]
         table.add_row(Text(clean(names.get(variant, variant), 30)), *(Text(cell) for cell in cells))
     return table
+
+
+def _rate(entry: dict[str, Any]) -> str:
+    hits, total = int(entry.get("hits", 0)), int(entry.get("total", 0)) or 1
+    low, high = (100 * float(entry.get(end, 0)) for end in ("low", "high"))
+    return f"{100 * hits / total:.0f} % [{low:.0f}–{high:.0f}]"
+
+
+def shown_result(result: Event) -> Table | None:
+    """The evaluation's table, or None where there is none or the event is not one."""
+    try:
+        return result_table(result)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
+        return None
 
 
 def show_end(out: Console, run: Run, state: RunState, end: str) -> None:
@@ -255,8 +271,8 @@ def show_end(out: Console, run: Run, state: RunState, end: str) -> None:
         out.print(Text(clean(text, newlines=False), style=style), highlight=False)
 
     say(f"{GLYPHS.get(end, '?')} {run.name}: {end}", STYLES.get(end, "bold"))
-    if state.result:
-        out.print(result_table(state.result))
+    if (table := shown_result(state.result)) is not None:
+        out.print(table)
     for stage in state.stages:
         if stage.output and stage.state == "done":
             say(f"{stage.name}: {run.path / stage.output}")
@@ -294,7 +310,8 @@ def show_run(out: Console, run: Run) -> None:
             say(f"      left out: {count} × {reason}")
         if stage.output:
             say(f"      {run.path / stage.output}")
-    for notice in state.notices[-6:]:
-        say(f"  {notice.get('text', '')} {notice.get('advice', '')}".rstrip(), "yellow")
+    notices = [f"{notice.get('text', '')} {notice.get('advice', '')}".strip() for notice in state.notices]
+    for text in list(dict.fromkeys(notices))[-6:]:
+        say(f"  {text}", "yellow")
     show_end(out, run, state, head["status"])
 

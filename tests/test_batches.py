@@ -56,6 +56,14 @@ def test_both_labels_are_spread_as_evenly_as_their_counts_allow(epoch: tuple[lis
     assert one_class == max(len(batches) - rarer, 0), "a batch of one label although the other had rows left"
 
 
+def test_a_short_last_batch_gets_a_row_of_the_rarer_label_when_there_is_one_to_spare() -> None:
+    labels = [number % 6 != 0 or number > 12 for number in range(19)]
+    assert labels.count(False) == 3
+    batches = kto_batches(labels, list(range(19)), 8, 1)
+    assert sorted(len(batch) for batch in batches) == [3, 8, 8]
+    assert [len(batch) - good(batch, labels) for batch in batches] == [1, 1, 1]
+
+
 @settings(max_examples=150, deadline=None)
 @given(epochs())
 def test_no_row_stands_beside_a_row_with_its_prompt(epoch: tuple[list[bool], list[int], int, int]) -> None:

@@ -352,6 +352,18 @@ def test_cut_keeps_the_whole_answer_of_a_kto_row_or_leaves_it_out(chatml: Templa
     assert [left.line for left, _ in dropped.left_out] == [2]
 
 
+def test_a_kto_row_keeps_at_least_one_token_of_its_prompt(chatml: Template) -> None:
+    answer = len(Example(SHORT, chatml.tokenize(SHORT.messages, only_last=True)).completion_ids)
+    talk = len(Example(TALKATIVE, chatml.tokenize(TALKATIVE.messages, only_last=True)).completion_ids)
+    assert answer < talk
+    for limit, kept in ((talk, [1]), (talk + 1, [1, 3])):
+        ledger = tokenize_rows(
+            chatml, [SHORT, TALKATIVE], "kto", max_length=limit, max_prompt_length=99, too_long="cut"
+        )
+        assert [example.row.line for example in ledger.examples] == kept
+    assert len(ledger.examples[1].prompt_ids) == 1
+
+
 @pytest.mark.parametrize("method", ["sft", "kto"])
 def test_refuse_names_the_first_row_that_is_too_long(chatml: Template, method: str) -> None:
     with pytest.raises(FinetuiError, match=r"rows.jsonl, line 2: \d+ tokens, over the limit of 60"):

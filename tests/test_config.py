@@ -415,6 +415,22 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("plans")
 
 
+@pytest.mark.parametrize(
+    "note", [*awkward, "a\r\nb", "x\x85y", "\t", "\x07", "#", " ", "long word " * 2000, "ü 日本 🙂", "\ufeff"]
+)
+def test_any_note_is_kept_as_it_was_written(note: str, tmp_path: Path) -> None:
+    found = resolved("sft", note=note, model__name=note or "x")
+    save_plan(found, tmp_path / "plan.yaml")
+    assert load_plan(tmp_path / "plan.yaml") == found.plan
+    assert len((tmp_path / "plan.yaml").read_text().split("\n")) == len(found.as_yaml().split("\n")) + 1
+
+
+def test_a_source_with_a_line_end_in_its_name_does_not_break_the_plan(plan_file: WritePlan, tmp_path: Path) -> None:
+    found = resolved("sft", plan_file("note: x\n", name="a\nb: [.yaml"))
+    save_plan(found, tmp_path / "saved.yaml")
+    assert load_plan(tmp_path / "saved.yaml") == found.plan
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.data(), st.sampled_from(METHODS))
 def test_a_saved_plan_is_read_back_equal(scratch: Path, data: st.DataObject, method: str) -> None:

@@ -2,20 +2,51 @@
 
 import contextlib
 import os
+import shutil
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from core.events import Event, EventTail, RunState, StageState
 from core.gpu import GpuSample, gpu_report
+from core.notes import Note, note_mark, read_note
 from core.runs import Run, is_alive, list_runs, status, summary
 from core.text import clean
 
 MAX_POINTS = 600
+KEPT_POINTS = 4000
 LIVE = ("running", "stopping")
 GIB = 1 << 30
-Point = tuple[int, float | None]
+BATCH_BYTES = 1_000_000
+DISK_EVERY_S = 15.0
+Point = tuple[float, float | None]
+At = TypeVar("At", int, float)
+SensorLines = dict[str, list[tuple[str, list[Point]]]]
+
+
+@dataclass(frozen=True)
+class Recording(Run):
+    """A log without a run directory: it can be looked at and nothing else."""
+
+    file: Path = Path()
+
+    @property
+    def name(self) -> str:
+        return self.file.stem
+
+    @property
+    def events_path(self) -> Path:
+        return self.file
+
+
+def recording(file: Path) -> Run:
+    """What lies at `file`: a run's own log is its run, any other is a recording."""
+    file = file.expanduser().absolute()
+    if file.name == "events.jsonl" and (file.parent / "plan.yaml").is_file():
+        return Run(file.parent)
+    return Recording(file.parent, file)
 
 
 @dataclass(frozen=True)
@@ -27,6 +58,13 @@ class Snapshot:
     state: RunState
     phase_started: float | None
     taken: float
+    note: Note = Note()
+    sensors: SensorLines = field(default_factory=dict)
+    """By what is measured: (device, points over seconds since the start)."""
+    clocks: dict[str, list[tuple[float, float | None]]] = field(default_factory=dict)
+    """By stage: (step, seconds of training up to it)."""
+    energy_j: float | None = None
+    disk_free: int | None = None
 
     @property
     def live(self) -> bool:
@@ -52,6 +90,94 @@ class Snapshot:
         return memory_words(self.state.gpu[-1]) if self.state.gpu else ""
 
 
+class Sensors:
+    """What cards and trainer used over time, folded from `gpu` events; seconds count from the first start."""
+
+    def __init__(self) -> None:
+        self.energy_j: float | None = None
+        self._series: dict[tuple[str, str], list[Point]] = {}
+        self._begun: float | None = None
+        self._counters: dict[str, float] = {}
+        self._cpu: tuple[float, float] | None = None
+
+    def restart(self, t: float) -> None:
+        """A start or resume: what the cards used in between is not this run's."""
+        self._begun = self._begun or t
+        self._counters, self._cpu = {}, None
+
+    def fold(self, event: Event) -> None:
+        at = max(0.0, event["t"] - (self._begun or event["t"]))
+        for card in event.get("gpus") or []:
+            if isinstance(card, dict):
+                self._fold_card(card, at)
+        if isinstance(rss := event.get("rss_bytes"), int | float):
+            self._add("memory", "trainer", at, rss / GIB)
+        cpu = event.get("cpu_s")
+        if isinstance(cpu, int | float):
+            if self._cpu and at > self._cpu[0] and cpu >= self._cpu[1]:
+                self._add("utilisation", "CPU", at, 100 * (cpu - self._cpu[1]) / (at - self._cpu[0]))
+            self._cpu = (at, cpu)
+
+    def _fold_card(self, card: dict[str, Any], at: float) -> None:
+        name = f"GPU {clean(card.get('index', 0), 3)}"
+        for key, what, unit in CARD_SERIES:
+            if isinstance(value := tame(card.get(key)), int | float):
+                self._add(what, name, at, value / unit)
+        counter = tame(card.get("energy_j"))
+        if isinstance(counter, int | float):
+            used = counter - self._counters.get(name, counter)
+            self.energy_j = (self.energy_j or 0.0) + max(0.0, used)
+            self._counters[name] = counter
+
+    def _add(self, what: str, device: str, at: float, value: float) -> None:
+        points = self._series.setdefault((what, device), [])
+        points.append((max(at, points[-1][0]) if points else at, float(value)))
+        if len(points) > KEPT_POINTS:
+            self._series[what, device] = thinned(points)
+
+    def lines(self) -> SensorLines:
+        """A copy, thinned."""
+        found: SensorLines = {}
+        for (what, device), points in self._series.items():
+            found.setdefault(what, []).append((device, thinned(points)))
+        return found
+
+
+CARD_SERIES = (
+    ("memory_used_bytes", "memory", GIB),
+    ("utilisation_percent", "utilisation", 1),
+    ("temperature_c", "temperature", 1),
+    ("power_w", "power", 1),
+)
+
+
+class Clock:
+    """Seconds of training by step, the pauses between attempts left out."""
+
+    def __init__(self) -> None:
+        self._points: dict[str, list[Point]] = {}
+        self._seen: float | None = None
+        self._spent: dict[str, float] = {}
+
+    def fold(self, event: Event) -> None:
+        if event["kind"] == "stage_start":
+            self._seen = event["t"]
+        elif event["kind"] == "log" and isinstance(step := event.get("step"), int):
+            stage = str(event.get("stage", ""))
+            points = self._points.setdefault(stage, [])
+            while points and points[-1][0] >= step:
+                points.pop()  # a resumed stage logs it again
+            spent = self._spent.get(stage, 0.0) + max(0.0, event["t"] - (self._seen or event["t"]))
+            self._spent[stage], self._seen = spent, event["t"]
+            points.append((step, spent))
+            if len(points) > KEPT_POINTS:
+                self._points[stage] = points[::2]
+
+    def points(self) -> dict[str, list[Point]]:
+        """A copy."""
+        return {stage: list(points) for stage, points in self._points.items()}
+
+
 class Follower:
     """Folds the events of one run; to be used from one thread."""
 
@@ -59,9 +185,12 @@ class Follower:
         self.run = run
         self._tail = EventTail(run.events_path)
         self._state = RunState(name=run.name)
+        self._sensors, self._clock = Sensors(), Clock()
         self._phase: tuple[str, str] = ("", "")
         self._phase_started: float | None = None
-        self._shown = ""
+        self._shown: tuple[str, Any] = ("", None)
+        self._copy: dict[str, Any] = {}
+        self._disk: tuple[float, int | None] = (-DISK_EVERY_S, None)
 
     def read(self) -> Snapshot | None:
         """What the run is now, or None where nothing has happened since the last call and nothing lives."""
@@ -69,32 +198,74 @@ class Follower:
         now = self._status()
         if now == "crashed" and self._catch_up():  # it ended between the two looks
             now, changed = self._status(), True
-        if not changed and now == self._shown and now not in LIVE:
+        marks = (now, note_mark(self.run.path))
+        if not changed and marks == self._shown and now not in LIVE:
             return None
-        self._shown = now
-        return Snapshot(self.run, now, _copied(self._state), self._phase_started, time.time())
+        if changed or not self._copy:
+            self._copy = {
+                "state": _copied(self._state),
+                "sensors": self._sensors.lines(),
+                "clocks": self._clock.points(),
+                "energy_j": self._sensors.energy_j,
+            }
+        self._shown = marks
+        note = read_note(self.run.path) or Note(self._state.note)
+        return Snapshot(
+            self.run, now, phase_started=self._phase_started, taken=time.time(), note=note,
+            disk_free=self._disk_free() if now in LIVE else None, **self._copy,
+        )  # fmt: skip
+
+    def _disk_free(self) -> int | None:
+        if time.monotonic() - self._disk[0] > DISK_EVERY_S:
+            free = None
+            with contextlib.suppress(OSError):
+                free = shutil.disk_usage(self.run.path).free
+            self._disk = (time.monotonic(), free)
+        return self._disk[1]
 
     def _status(self) -> str:
         if not self.run.path.is_dir():
             return "deleted"
+        if isinstance(self.run, Recording):
+            return self._state.end_status or "crashed"
         return status(self.run, self._state.end_status)
 
     def _catch_up(self) -> bool:
         seen = False
-        while events := self._tail.read():
+        while events := self._tail.read(BATCH_BYTES):
             seen = True
             for event in events:
                 tamed(event)
-                self._state.fold(event)
-                self._note_phase(event)
+                self._fold(event)
+            _compacted(self._state)
         return seen
 
-    def _note_phase(self, event: Event) -> None:
+    def _fold(self, event: Event) -> None:
+        self._state.fold(event)
         kind = event["kind"]
-        if kind == "stage_start":
+        if kind == "log":
+            self._clock.fold(event)
+        elif kind == "gpu":
+            self._sensors.fold(event)
+            del self._state.gpu[:-1]
+        elif kind == "run_start":
+            self._sensors.restart(event["t"])
+        elif kind == "stage_start":
+            self._clock.fold(event)
             self._phase, self._phase_started = (str(event.get("name")), "start"), event["t"]
         elif kind == "phase" and (phase := (str(event.get("stage")), str(event.get("name")))) != self._phase:
             self._phase, self._phase_started = phase, event["t"]
+
+
+def _compacted(state: RunState) -> None:
+    """Let go of what no screen can show of a long log; the newest points stay as they are."""
+    del state.samples[:-50], state.notices[:-200], state.errors[:-20]
+    for stage in state.stages:
+        del stage.pace[:-50], stage.checkpoints[:-50]
+        for name, points in stage.series.items():
+            if len(points) > KEPT_POINTS:
+                cut = len(points) - KEPT_POINTS // 4
+                stage.series[name] = [*thinned(points[:cut], KEPT_POINTS // 2), *points[cut:]]
 
 
 def tame(value: Any) -> Any:
@@ -117,7 +288,7 @@ def _copied(state: RunState) -> RunState:
     return replace(
         state,
         stages=[_copied_stage(stage) for stage in state.stages],
-        gpu=state.gpu[-1:],
+        gpu=list(state.gpu[-1:]),
         notices=state.notices[-50:],
         errors=state.errors[-5:],
         samples=[],
@@ -127,7 +298,7 @@ def _copied(state: RunState) -> RunState:
 def _copied_stage(stage: StageState) -> StageState:
     return replace(
         stage,
-        series={name: thinned(points) for name, points in stage.series.items()},
+        series={name: list(_two_fold(points)) for name, points in stage.series.items()},
         pace=stage.pace[-12:],
         phase_seconds=dict(stage.phase_seconds),
         checkpoints=stage.checkpoints[-20:],
@@ -135,14 +306,21 @@ def _copied_stage(stage: StageState) -> StageState:
     )
 
 
-def thinned(points: list[Point], limit: int = MAX_POINTS) -> list[Point]:
+def _two_fold(points: list[tuple[int, float | None]]) -> Iterator[tuple[int, float | None]]:
+    """The last quarter of a long series keeps as many points as all before it, for those who zoom in."""
+    cut = len(points) - len(points) // 4 if len(points) > MAX_POINTS else 0
+    for part in (points[:cut], points[cut:]):
+        yield from thinned(part)
+
+
+def thinned(points: Sequence[tuple[At, float | None]], limit: int = MAX_POINTS) -> list[tuple[At, float | None]]:
     """At most `limit` points: of each stretch its smallest, its largest or a gap, so that no spike and no NaN is lost.
 
     The newest point is always kept.
     """
     if len(points) <= limit:
         return list(points)
-    kept: list[Point] = []
+    kept: list[tuple[At, float | None]] = []
     width = -(-len(points) * 2 // (limit - 1))
     for start in range(0, len(points) - 1, width):
         stretch = points[start : min(start + width, len(points) - 1)]
@@ -197,14 +375,14 @@ class History:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._known: dict[str, tuple[tuple[int, int], dict[str, Any]]] = {}
+        self._known: dict[str, tuple[Any, dict[str, Any]]] = {}
 
     def read(self) -> list[dict[str, Any]]:
         """A summary of each run, newest first."""
         known, self._known = self._known, {}
         found = []
         for run in list_runs(self.folder):
-            mark = _mark(run.events_path)
+            mark = (_mark(run.events_path), note_mark(run.path))
             before = known.get(run.name)
             if before and before[0] == mark and before[1]["status"] not in LIVE and not is_alive(run):
                 row = before[1]
