@@ -52,7 +52,9 @@ def add_plan_flags(parser: argparse.ArgumentParser, method: str | None) -> None:
     parser.add_argument("--wandb", action="store_true", help="report to Weights & Biases (key from WANDB_API_KEY)")
     parser.add_argument("--hf-token", metavar="TOKEN", help="handed on in the environment; better: set HF_TOKEN")
     parser.add_argument("--resume-from-checkpoint", metavar="RUN", help="same as `finetui resume RUN`")
-    parser.add_argument("--on-end", metavar="COMMAND", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--on-end", metavar="COMMAND", help="shell command at the run's end, with FINETUI_RUN and FINETUI_STATUS set"
+    )
     group = parser.add_argument_group("options of the plan (see also --set)")
     for flag, targets in flags_of(method).items():
         first = targets[0]
@@ -129,6 +131,8 @@ def build_parser() -> Parser:
         command.add_argument("--runs-dir", type=Path, metavar="DIR", help="folder of the runs")
         if name in ("show", "watch"):
             command.add_argument("--json", action="store_true", help="JSON instead of text")
+        if name == "watch":
+            command.add_argument("--tui", action="store_true", help="in the app; RUN may be a recorded events.jsonl")
         if name == "resume":
             command.add_argument("--detach", action="store_true", help="do not follow it")
             command.add_argument("--json", action="store_true", help="print events as JSON lines")
@@ -164,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")  # foreign text, and terminals that are not UTF-8
     try:
         if not words:
-            return _app()
+            return open_app()
         arguments = build_parser().parse_args(words)
         return _dispatch(arguments)
     except FinetuiError as error:
@@ -182,11 +186,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
 
-def _app() -> int:
+def open_app(*words: str) -> int:
     """The full-screen app, in a process that becomes it: the core does not import the app."""
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         raise FinetuiError("The app needs a terminal.", "Without one use the commands: `finetui --help`.")
-    command = [sys.executable, "-P", "-m", "tui"]
+    command = [sys.executable, "-P", "-m", "tui", *words]
     if os.name == "nt":
         import subprocess
 
@@ -199,7 +203,7 @@ def _dispatch(arguments: argparse.Namespace) -> int:
 
     name = arguments.command
     if name is None:
-        return _app()
+        return open_app()
     if name in (*METHODS, "demo"):
         return commands.train(arguments, "sft-kto" if name == "demo" else name, demo=name == "demo")
     if name == "plan":

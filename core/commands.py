@@ -9,11 +9,12 @@ from pathlib import Path
 
 from core import runner
 from core.backend import make_plan
-from core.cli import print_json, settings_of, take_token
+from core.cli import open_app, print_json, settings_of, take_token
 from core.config import Resolved
+from core.data import Conversation
 from core.errors import FinetuiError
 from core.paths import configs_dir, runs_dir
-from core.plan import Plan
+from core.plan import Plan, StagePlan
 from core.runs import Run, create_run, delete_run, find_run, list_runs, request_stop, summary
 from core.sources import data_files, model_source
 from core.text import clean
@@ -37,7 +38,10 @@ def train(arguments: argparse.Namespace, method: str, *, demo: bool = False) -> 
     if arguments.resume_from_checkpoint:
         reference = Path(arguments.resume_from_checkpoint)
         stages = (part for part in [reference, *reference.parents] if part.name in ("sft", "kto"))
-        arguments.run = next((part.parent.name for part in stages), reference.name)
+        folder = next((part.parent for part in stages), reference).expanduser()
+        if len(folder.parts) > 1:
+            arguments.runs_dir = folder.parent
+        arguments.run = folder.name
         return resume(arguments)
     plan = resolved(arguments, method, demo=demo)
     if arguments.runs_dir:
@@ -46,6 +50,8 @@ def train(arguments: argparse.Namespace, method: str, *, demo: bool = False) -> 
     if arguments.dry_run:
         return dry_run(plan, arguments, notices)
     run = create_run(runs_dir(arguments.runs_dir), plan)
+    if arguments.on_end:
+        os.environ[runner.ON_END_ENV] = arguments.on_end
     runner.start(run)
     return _after_start(run, arguments, notices)
 
@@ -81,6 +87,7 @@ def preflight(plan: Plan) -> list[str]:
         for path in data_files(settings.data, stage, lambda text: None):
             rows = read_rows(path, stage, include_undesirable=settings.data.include_undesirable,
                              max_rows=settings.data.max_rows)  # fmt: skip
+            _refuse_hopeless_limit(stage, settings, rows.used, source.base)
             if rows.left_out:
                 reasons = "; ".join(f"{count} × {reason}" for reason, count in rows.reasons().most_common(3))
                 notices.append(f"{stage.upper()}: {len(rows.left_out)} of {rows.total} rows are left out: {reasons}")
@@ -93,6 +100,30 @@ def preflight(plan: Plan) -> list[str]:
         if not last.demo and not last.holdout:
             raise FinetuiError("There are no held-out prompts to answer.", "Give --eval-file FILE or --split-dataset.")
     return notices
+
+
+def _refuse_hopeless_limit(name: str, stage: StagePlan, rows: list[Conversation], model: str) -> None:
+    """Refuse a length limit under which no row can fit, where the tokenizer is here: the text alone is too long.
+
+    The template adds to it, so this never refuses what training would take. Raises FinetuiError.
+    """
+    file = Path(model) / "tokenizer.json"
+    if stage.data.too_long == "cut" or not file.is_file():
+        return
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(file))
+    shortest = None
+    for row in rows:
+        texts = [str(message["content"]) for message in row.messages if message["content"]]
+        length = sum(len(tokenizer.encode(text, add_special_tokens=False).ids) for text in texts)
+        if length <= stage.max_length:
+            return
+        shortest = min(shortest or length, length)
+    raise FinetuiError(
+        f"{name}.max_length of {stage.max_length} tokens leaves no row: the shortest has {shortest} and more.",
+        f"Raise {name}.max_length.",
+    )
 
 
 def dry_run(plan: Resolved, arguments: argparse.Namespace, notices: list[str]) -> int:
@@ -165,7 +196,12 @@ def show(arguments: argparse.Namespace) -> int:
 
 
 def watch(arguments: argparse.Namespace) -> int:
-    """``finetui watch RUN``"""
+    """``finetui watch [--tui] RUN``; with ``--tui`` also a recorded log, or a run's directory."""
+    if arguments.tui:
+        there = Path(arguments.run).expanduser()
+        is_log = there.is_file() or (there / "events.jsonl").is_file()
+        path = there.absolute() if is_log else _run(arguments).path
+        return open_app("--watch", str(path), "--runs-dir", str(runs_dir(arguments.runs_dir)))
     return follow(_run(arguments), as_json=arguments.json, ask=False)
 
 

@@ -23,12 +23,12 @@ from core.paths import writing_whole
 
 SYSTEM_PROMPT = "You call tools."
 SFT_BLOCKS, SCORED_BLOCKS, KTO_BLOCKS = 48, 16, 24  # a block is one row of each tool
-KTO_BLOCKS_FROM_SFT = 8  # every eighth block of KTO prompts repeats sentences of the SFT file
-KTO_FEEDBACK = 0.9  # share of the other KTO prompts' phrasings, and of their values, that no SFT row has
+KTO_BLOCKS_FROM_SFT = 4  # every fourth block of KTO prompts repeats sentences of the SFT file
+KTO_FEEDBACK = 0.75  # share of the other KTO prompts' phrasings, and of their values, that no SFT row has
 NEW_VALUES = {slot: new for slot, (_, new) in VALUES.items()}
 FAULTS = {
-    "wrong_tool": 48,
-    "wrong_argument": 104,
+    "wrong_tool": 32,
+    "wrong_argument": 120,
     "missing_argument": 2,
     "invented_argument": 2,
     "broken_json": 2,
@@ -240,9 +240,9 @@ class Writer:
 
     def _wrong(self, example: Example) -> Row:
         """Wrong values for an argument, or for both units: the slips a half-trained model makes when it copies."""
-        name = self.pick(list(example.arguments))
+        name = self.pick(example.tool.weak)
         slot, value = example.tool.slots[name], example.arguments[name]
-        if slot in ("source", "target") and self.chance(0.6):
+        if slot == "source" and self.chance(0.75):
             return {"from": example.arguments["to"], "to": example.arguments["from"]}
         if slot in NUMBERS and self.chance(0.5):
             return {name: value * 10 if self.chance(0.5) else value + 5}

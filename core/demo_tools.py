@@ -171,7 +171,8 @@ class Tool:
 
     `slots` maps argument to slot name, in the order of the answer. A phrasing may fix a slot (`state=on>…`).
     Of `new` phrasings the even ones are for the held-out file, the odd ones for the tuning file. `feedback` phrasings
-    are for KTO rows: what people say once they use the model is not only what its makers thought of.
+    are for KTO rows: what people say once they use the model is not only what its makers thought of. `weak` are the
+    arguments that go wrong, as often as they stand there.
     """
 
     name: str
@@ -182,6 +183,7 @@ class Tool:
     feedback: tuple[str, ...]
     mistaken: tuple[tuple[str, dict[str, str]], ...]
     invented: tuple[str, Any]
+    weak: tuple[str, ...]
 
     def schema(self) -> dict[str, Any]:
         """The tool as a JSON schema, the way chat APIs take it."""
@@ -218,6 +220,7 @@ TOOLS = (
             ("convert_units", {"value": "{minutes}", "from": "minutes", "to": "hours"}),
         ),
         ("label", "timer"),
+        ("minutes",),
     ),
     Tool(
         "add_event",
@@ -245,6 +248,7 @@ TOOLS = (
             ("send_message", {"to": "me", "text": "{title} on {weekday}"}),
         ),
         ("duration", 60),
+        ("title", "title", "time", "day"),
     ),
     Tool(
         "send_message",
@@ -266,6 +270,7 @@ TOOLS = (
             ("search_web", {"query": "{news}"}),
         ),
         ("urgent", True),
+        ("to", "text"),
     ),
     Tool(
         "create_note",
@@ -286,6 +291,7 @@ TOOLS = (
             ("add_event", {"title": "{note}", "day": "today", "time": "9 am"}),
         ),
         ("color", "yellow"),
+        ("text",),
     ),
     Tool(
         "get_weather",
@@ -309,6 +315,7 @@ TOOLS = (
             ("find_route", {"to": "{city}", "mode": "car"}),
         ),
         ("unit", "celsius"),
+        ("city", "city", "day"),
     ),
     Tool(
         "search_web",
@@ -330,6 +337,7 @@ TOOLS = (
             ("create_note", {"text": "{query}"}),
         ),
         ("limit", 10),
+        ("query",),
     ),
     Tool(
         "play_music",
@@ -350,6 +358,7 @@ TOOLS = (
             ("search_web", {"query": "{artist}"}),
         ),
         ("volume", 5),
+        ("artist",),
     ),
     Tool(
         "set_light",
@@ -373,6 +382,7 @@ TOOLS = (
             ("set_timer", {"minutes": "10"}),
         ),
         ("color", "white"),
+        ("state", "state", "room"),
     ),
     Tool(
         "find_route",
@@ -396,6 +406,7 @@ TOOLS = (
             ("get_weather", {"city": "{place}", "day": "today"}),
         ),
         ("avoid", "tolls"),
+        ("to", "to", "mode"),
     ),
     Tool(
         "convert_units",
@@ -422,5 +433,6 @@ TOOLS = (
             ("set_timer", {"minutes": "{value}"}),
         ),
         ("precision", 2),
+        ("from", "from", "from", "value"),
     ),
 )

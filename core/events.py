@@ -19,6 +19,9 @@ VERSION = 1
 MAX_TEXT = 20_000
 MAX_T = 4e9  # the year 2096; a larger time is no time, and clocks cannot show it
 COUNTS = ("steps", "batch", "rows", "examples", "held_out", "left_out", "tokens", "trained_tokens", "trainable")
+NO_METRICS = frozenset(("t", "step", "epoch", "nonfinite"))
+NOT_NUMBERS = (str, list, dict, bool)
+NUMBERS = (int, float, type(None))
 Event = dict[str, Any]
 
 
@@ -274,11 +277,15 @@ class RunState:
 
     @staticmethod
     def _series(stage: StageState, step: int, event: Event) -> None:
+        series = stage.series
         for key, value in event.items():
-            if key in ("t", "step", "epoch", "nonfinite") or isinstance(value, str | list | dict | bool):
+            if key in NO_METRICS or isinstance(value, NOT_NUMBERS):
                 continue
-            finite = value is not None and math.isfinite(value)
-            stage.series.setdefault(key, []).append((step, float(value) if finite else None))
+            point = (step, float(value) if value is not None and math.isfinite(value) else None)
+            if key in series:
+                series[key].append(point)
+            else:
+                series[key] = [point]
 
     def _on_checkpoint(self, event: Event) -> None:
         self.stage(str(event.get("stage", ""))).checkpoints.append(_count(event["step"]))
@@ -315,14 +322,14 @@ class RunState:
 
 def _count(value: Any) -> int:
     """A whole number of a log; 0 for none. Raises TypeError for what a count cannot be."""
-    if not isinstance(value, int | float | None) or not abs(value or 0) <= 2**53:
+    if not isinstance(value, NUMBERS) or not abs(value or 0) <= 2**53:
         raise TypeError("not a count")
     return int(value or 0)
 
 
 def _finite(value: Any) -> float:
     """A number of a log; 0 for none. Raises TypeError for what no number is."""
-    if not isinstance(value, int | float | None) or not math.isfinite(value or 0):
+    if not isinstance(value, NUMBERS) or not math.isfinite(value or 0):
         raise TypeError("not a number")
     return float(value or 0)
 

@@ -9,9 +9,9 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 Method = Literal["sft", "kto", "sft-kto"]
@@ -43,6 +43,14 @@ def _plain(value: Any) -> Any:
     if not isinstance(value, str | int | float | None) or (isinstance(value, float) and not math.isfinite(value)):
         raise ValueError(f"{str(value)[:40]!r} is neither a finite number nor a word, a list or a mapping")
     return value
+
+
+def _switch_word(value: Any) -> Any:
+    """YAML 1.1 reads a bare `on` or `off` as a truth value."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
+Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch_word)]
 
 
 class Section(BaseModel):
@@ -121,7 +129,7 @@ class StagePlan(Section):
     optim: Literal["auto", "adamw_8bit", "adamw_torch", "adamw_torch_fused", "paged_adamw_8bit"] = option(
         "auto", "Optimiser; auto: adamw_8bit where bitsandbytes runs, else adamw_torch"
     )
-    gradient_checkpointing: Literal["auto", "on", "off"] = option("auto", "Recompute activations to save memory")
+    gradient_checkpointing: Switch = option("auto", "Recompute activations to save memory")
     logging_steps: int = option(5, "Log every N steps", unit="steps", ge=1)
     save_steps: int = option(50, "Checkpoint every N steps", flag="--save-steps", unit="steps", common=True, ge=1)
     save_total_limit: int = option(3, "Checkpoints kept", ge=1)
@@ -150,7 +158,7 @@ class StagePlan(Section):
 class SFTPlan(StagePlan):
     """Supervised fine-tuning: loss on assistant turns only."""
 
-    padding_free: Literal["auto", "on", "off"] = option(
+    padding_free: Switch = option(
         "auto", "Lay the rows of a batch end to end instead of padding; auto: where attention keeps them apart"
     )
 

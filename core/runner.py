@@ -25,6 +25,9 @@ from core.plan import TRAINING_STAGES, Plan
 from core.runs import Run, create_run, find_run, is_alive, process_lives, take_lock, write_holder
 
 LOCK_ENV = "FINETUI_LOCK_FD"
+ON_END_ENV = "FINETUI_ON_END"
+"""A shell command for the run's end. It travels in the environment alone, since it may hold a secret (a webhook's
+address): no file of the run has it, no trainer sees it, and a later `finetui resume` needs it set again."""
 EXIT_STOPPED = 75
 POLL_S = 0.2
 SAMPLE_S = 5.0
@@ -250,6 +253,7 @@ def main() -> int:
     """The runner's process: ``python -P -m core.runner RUN``, with the lock inherited."""
     run = Run(Path(sys.argv[1]))
     inherited = os.environ.pop(LOCK_ENV, None)
+    on_end = os.environ.pop(ON_END_ENV, "")
     lock = int(inherited) if inherited else take_lock(run)
     write_holder(lock)
     for name in ("SIGHUP", "SIGINT"):
@@ -265,6 +269,20 @@ def main() -> int:
         run.events.append("error", stage="", type=type(error).__name__, message=str(error), advice=advice)
         run.events.append("run_end", status="failed")
         raise
+    finally:
+        os.close(lock)  # what is started now finds the run ended
+        if on_end:
+            tell_end(run, on_end)
+
+
+def tell_end(run: Run, command: str) -> None:
+    """Start the person's shell command in a session of its own; what it prints goes to the run's log."""
+    told = {"FINETUI_RUN": str(run.path), "FINETUI_STATUS": run.state().end_status or "failed"}
+    with contextlib.suppress(OSError), run.log_path.open("ab") as log:
+        subprocess.Popen(
+            command, shell=True, cwd=run.path, env={**os.environ, **told}, stdin=subprocess.DEVNULL, stdout=log,
+            stderr=log, start_new_session=os.name != "nt",
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

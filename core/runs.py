@@ -184,7 +184,7 @@ def _slug(name: str) -> str:
 
 
 def list_runs(folder: Path) -> list[Run]:
-    """Every run under `folder`, newest first by its first event's time (the name's stamp as a fallback)."""
+    """Every run under `folder`, newest first by the time its plan was written."""
     try:
         entries = [entry for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False)]
     except OSError:
@@ -217,7 +217,7 @@ def find_run(folder: Path, reference: str) -> Run:
     return matches[0]
 
 
-def take_lock(run: Run, patience_s: float = 1.0) -> int:
+def take_lock(run: Run, patience_s: float = 3.0) -> int:
     """Lock the run for a new runner and return the file descriptor; closing every copy of it releases the lock.
 
     `patience_s` outlasts viewers that probe at the same moment. Raises FinetuiError when the run is alive.
@@ -241,7 +241,7 @@ def take_lock(run: Run, patience_s: float = 1.0) -> int:
             if time.monotonic() > deadline:
                 os.close(handle)
                 raise refused from None
-            time.sleep(0.02)
+            time.sleep(0.005)
 
 
 def write_holder(handle: int) -> None:
@@ -282,8 +282,10 @@ def is_alive(run: Run) -> bool:
     try:
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
         return False
-    except OSError:
+    except BlockingIOError:
         return True
+    except OSError:  # a file system without locks, some NFS
+        return _holder_lives(run)
     finally:
         os.close(handle)
 
@@ -328,8 +330,8 @@ def delete_run(run: Run) -> None:
 def summary(run: Run, tail_bytes: int = 65_536) -> dict[str, Any]:
     """What the history shows of a run, from the head and the tail of its log: cheap for a thousand runs.
 
-    Keys: name, status, method, model, note, pinned, created, started (unix seconds or None), duration_s, stage, step, loss,
-    margin.
+    Keys: name, status, method, model, note, pinned, created, started (unix seconds or None), duration_s, stage, step,
+    loss, margin.
     """
     state = RunState(name=run.name)
     for event in _ends(run.events_path, tail_bytes):

@@ -104,10 +104,23 @@ class OneAdapter:
 
 
 def sft_trainer_class() -> type:
-    """TRL's SFTTrainer, or Unsloth's replacement of it, with `OneAdapter`."""
+    """TRL's SFTTrainer or Unsloth's replacement, with `OneAdapter` and the count of tokens that Unsloth drops."""
     from trl import SFTTrainer
 
-    return type("SFTTrainer", (OneAdapter, SFTTrainer), {})
+    class Trainer(OneAdapter, SFTTrainer):
+        tokens_seen = 0
+
+        def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+            mask = inputs.get("attention_mask")
+            self.tokens_seen += inputs["input_ids"].numel() if mask is None else int(mask.sum())
+            return super().training_step(model, inputs, *args, **kwargs)
+
+        def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+            if "loss" in logs:
+                logs.setdefault("num_tokens", self.tokens_seen)
+            super().log(logs, *args, **kwargs)
+
+    return Trainer
 
 
 def kto_trainer_class(*, sign_correction: bool = False) -> type:

@@ -547,3 +547,13 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
     assert child.stderr.read() == ""
     assert child.wait() == 0
     child.stderr.close()
+
+
+def test_a_length_limit_that_no_row_fits_is_refused_before_a_run_is_made(
+    tiny_model: Path, rows_file: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["sft", "--model-name", str(tiny_model), "--local-file", str(rows_file()), "--max-seq-length", "8"]
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert "max_length of 8 tokens leaves no row" in said and "Raise sft.max_length" in said
+    assert not (tmp_path / "runs").exists()

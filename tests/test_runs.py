@@ -287,14 +287,16 @@ def test_viewers_neither_hinder_a_start_nor_take_each_other_for_the_runner(named
     viewers = [threading.Thread(target=view) for _ in range(3)]
     for viewer in viewers:
         viewer.start()
-    while len(seen) < 2000:
-        ended.wait(0.001)
-    assert not any(seen)
-    for _ in range(20):
-        os.close(take_lock(run))
-    ended.set()
-    for viewer in viewers:
-        viewer.join()
+    try:
+        while len(seen) < 2000:
+            ended.wait(0.001)
+        assert not any(seen)
+        for _ in range(20):
+            os.close(take_lock(run, patience_s=10))
+    finally:
+        ended.set()
+        for viewer in viewers:
+            viewer.join()
 
 
 def test_a_process_id_that_was_given_again_is_another_process() -> None:
@@ -456,7 +458,8 @@ def test_a_run_that_has_not_begun_and_one_without_a_log_are_told_too(named: Make
     run = named()
     assert summary(run) | {"duration_s": None} == {
         "name": "one", "status": "crashed", "method": "sft", "model": "135m", "note": "", "started": None,
-        "stage": None, "created": summary(run)["created"], "step": 0, "loss": None, "margin": None, "duration_s": None,
+        "pinned": False, "stage": None, "created": summary(run)["created"], "step": 0, "loss": None,
+        "margin": None, "duration_s": None,
     }  # fmt: skip
     run.events_path.unlink()
     assert summary(run)["status"] == "crashed"

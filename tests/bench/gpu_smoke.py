@@ -9,7 +9,8 @@ and memory do) and a few hundred rows for SFT and for KTO. Parts, each a process
   trl      the same with plain TRL and PEFT, three steps a stage, not stopped
   sign     two steps of KTO-S with Unsloth
   batches  a trainer's batches against the preview's labels; whether rows laid end to end see each other
-  speed    one Unsloth run alone, longer: examples a second, seconds of each phase, peak memory
+  speed    one Unsloth run alone, longer: examples a second, seconds of each phase, peak memory; then the final model is
+           read back with transformers and PEFT
 
 Prints what it saw, then one line for each check, OK or FAILED; the exit code is the number of failed checks.
 """
@@ -169,7 +170,6 @@ def chain(options: argparse.Namespace) -> None:
         check_stage(run, stage, 6)
         resumed = [event["resumed_step"] for event in events(run, "totals", stage)]
         check(f"chain {stage}: resumed from its checkpoint", len(resumed) == 2 and resumed[1] >= 2, resumed)
-    inside(options, "reload", run)
 
 
 def plain_trl(options: argparse.Namespace) -> None:
@@ -200,6 +200,7 @@ def speed(options: argparse.Namespace) -> None:
     check("speed: done", finish(run) == "done")
     for stage in ("sft", "kto"):
         check_stage(run, stage, 14)
+    inside(options, "reload", run)
 
 
 # Inside a trainer: processes of their own, so that Unsloth is imported first and memory is given back ----------------
