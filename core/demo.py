@@ -2,7 +2,8 @@
 
 Held-out and tuning rows share the tools with training but no sentence; half of them use phrasings that no training
 row has (the tuning file's differ from the held-out file's), and many of their names, cities and numbers are new too.
-KTO rows hold good answers and answers that fail the way small models fail. Run it: `python -P -m core.demo FOLDER`.
+KTO rows hold good answers and answers that fail the way small models fail; most of their prompts are phrased as no
+SFT row and no scored row is. Run it: `python -P -m core.demo FOLDER`.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ SFT_BLOCKS, SCORED_BLOCKS, KTO_BLOCKS = 48, 16, 24  # a block is one row of each
 KTO_BLOCKS_FROM_SFT = 4  # every fourth block of KTO prompts repeats sentences of the SFT file
 KTO_FEEDBACK = 0.75  # share of the other KTO prompts' phrasings, and of their values, that no SFT row has
 NEW_VALUES = {slot: new for slot, (_, new) in VALUES.items()}
+# Mostly near misses. A model after SFT makes no faults of form; pushing many of them down spoiled good answers.
 FAULTS = {
     "wrong_tool": 32,
     "wrong_argument": 120,

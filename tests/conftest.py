@@ -13,11 +13,11 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from core import runner  # noqa: E402
-from core.backend import gpu_present, settle  # noqa: E402
-from core.config import resolve  # noqa: E402
-from core.paths import cache_dir  # noqa: E402
-from core.runs import Run, create_run, is_alive  # noqa: E402
+from core import runner
+from core.backend import gpu_present, settle
+from core.config import resolve
+from core.paths import cache_dir
+from core.runs import Run, create_run, is_alive
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -58,8 +58,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=600, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=600, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     bpe.train_from_iterator([json.dumps(row) for row in default_rows()], trainer)
     bpe.add_special_tokens([AddedToken(word, special=True) for word in special])

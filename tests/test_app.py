@@ -29,7 +29,7 @@ from tui.draft import Draft, RowsDraft, checked, command_line, draft_path, load_
 from tui.follow import Follower, History, LogTail, thinned
 from tui.home import HomeScreen, cells
 from tui.settings import Setting
-from tui.widgets import Choice, curve
+from tui.widgets import Choice
 from tui.wizard import WizardScreen
 
 RECORDED = Path(__file__).parent / "runs"
@@ -187,7 +187,7 @@ async def test_the_plan_is_saved_as_yaml_and_nothing_is_overwritten(
         await pilot.press("v")
         await until(pilot, lambda: isinstance(app.screen, Ask))
         await pilot.press("enter")
-        await shows(pilot, "exists already")
+        await shows(pilot, "exists")
     saved = resolve("sft-kto", tmp_path / "finetui-sft-kto.yaml", {}, gpu_present=False)
     assert settle(saved).fingerprint == demo_fingerprint()
     assert (tmp_path / "finetui-sft-kto.yaml").read_text() == before
@@ -443,14 +443,6 @@ def test_every_problem_of_a_draft_is_found_at_once() -> None:
     assert "model" in checked(Draft(method="sft", size="7b")).problems
     no_file = Draft(method="sft", data={"sft": RowsDraft(kind="file"), "kto": RowsDraft()})
     assert set(checked(no_file).problems) == {"sft.data.file"}
-
-
-def test_a_curve_has_the_asked_size_and_leaves_gaps() -> None:
-    whole = curve([(1, 1.0), (50, 3.0), (100, 2.0)], 30, 6)
-    assert [len(row) for row in whole] == [30] * 6
-    broken = curve([(1, 1.0), (2, None), (100, 1.0)], 30, 6)
-    assert sum(character != " " for row in broken for character in row) == 2
-    assert curve([(1, None)], 4, 2) == ["    ", "    "]
 
 
 def test_a_long_series_is_thinned_without_losing_spikes_or_gaps() -> None:

@@ -294,6 +294,11 @@ def test_a_preset_names_every_option_of_its_stages_and_runs_as_it_is(name: str) 
     assert all(found.plan.stage(stage).data.demo for stage in stages)
 
 
+def test_on_and_off_may_stand_without_quotes(plan_file: WritePlan) -> None:
+    found = resolved("sft", plan_file("sft: {gradient_checkpointing: off, padding_free: on}\n")).plan.sft
+    assert (found.gradient_checkpointing, found.padding_free) == ("off", "on")
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_methods_preset_given_as_a_file_changes_nothing(method: str) -> None:
     assert resolved(method, configs_dir() / f"{method}.yaml").plan == resolved(method).plan

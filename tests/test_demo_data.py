@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from core.demo import FAULTS, GREETINGS, DemoFiles, main, write_demo_data
-from core.demo_tools import TOOLS, VALUES
+from core.demo_tools import FEEDBACK_VALUES, TOOLS, VALUES
 from core.toolcalls import parse_tool_call, score_tool_call
 
 Row = dict[str, Any]
@@ -76,6 +76,14 @@ def test_new_phrasings_are_in_no_training_row_and_differ_between_heldout_and_tun
         assert len(tool.phrasings) >= 14
         assert len(tool.new) >= 6
         assert len({*tool.phrasings, *tool.new}) == len(tool.phrasings) + len(tool.new)
+
+
+def test_what_only_kto_rows_say_is_in_no_other_file() -> None:
+    for tool in TOOLS:
+        assert len(tool.feedback) >= 8
+        assert not {*tool.feedback} & {*tool.phrasings, *tool.new}
+    for slot, values in FEEDBACK_VALUES.items():
+        assert not {*values} & {*VALUES[slot][0], *VALUES[slot][1]}
 
 
 def test_no_value_is_both_known_and_new() -> None:

@@ -131,10 +131,11 @@ def _is_zombie(pid: int) -> bool:
 def test_a_closed_terminal_changes_nothing(tiny_model: Path, rows_file: Any, tmp_path: Path) -> None:
     """The command is followed in a real pty whose master is then closed: SIGHUP reaches the viewer, not the run."""
     settings = [f"--set={key.replace('__', '.')}={value}" for key, value in long_settings("sft").items()]
-    words = ["--model-name", str(tiny_model), "--local-file", str(rows_file()), "--name", "hung-up", "--lora-r", "8", "--set=sft.logging_steps=1"]
+    words = ["--model-name", str(tiny_model), "--local-file", str(rows_file()), "--name", "hung-up", "--lora-r", "8"]
+    words += ["--set=sft.logging_steps=1", *settings]
     pid, master = pty.fork()
     if pid == 0:
-        os.execv(sys.executable, [sys.executable, "-P", "-m", "core.cli", "sft", *words, *settings])
+        os.execv(sys.executable, [sys.executable, "-P", "-m", "core.cli", "sft", *words])
     hung_up = Run(tmp_path / "runs" / "hung-up")
     shown = b""
 
@@ -246,7 +247,7 @@ def test_a_later_run_starts_from_an_earlier_ones_result(make_run: MakeRun) -> No
 
 
 def test_detached_json_names_the_run_and_dry_run_makes_none(tiny_model: Path, rows_file: Any, tmp_path: Path) -> None:
-    words = ["sft", "--model-name", str(tiny_model), "--local-file", str(rows_file()), "--max-steps", "2", "--lora-r", "4"]
+    words = ["sft", "--model-name", str(tiny_model), "--local-file", str(rows_file()), "--max-steps=2", "--lora-r=4"]
     dry = command(*words, "--dry-run")
     assert dry.returncode == 0, dry.stderr
     assert "20 examples" in dry.stdout and "Nothing was started" in dry.stdout and "nothing to download" in dry.stdout

@@ -94,7 +94,8 @@ def test_rows_laid_end_to_end_never_see_each_other(make_run: MakeRun) -> None:
 
 def test_an_optimiser_step_sees_exactly_the_effective_batch(make_run: MakeRun) -> None:
     stage = Stage(make_run("sft", sft__batch_size=2, sft__gradient_accumulation_steps=3, sft__max_steps=2), "sft")
-    rows = [len(batch["position_ids"][0][batch["position_ids"][0] == 0]) for batch in stage.trainer.get_train_dataloader()]
+    batches = stage.trainer.get_train_dataloader()
+    rows = [int((batch["position_ids"][0] == 0).sum()) for batch in batches]
     assert stage.settings.effective_batch == 6 and set(rows[:-1]) == {2}
     stage.trainer.train()
     assert stage.trainer.state.epoch == pytest.approx(2 * 3 / len(rows))

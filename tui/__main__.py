@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from core.paths import runs_dir
 
@@ -12,6 +13,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the app until it is left; returns the exit code."""
     parser = argparse.ArgumentParser(prog="finetui", description="The full-screen app.")
     parser.add_argument("--runs-dir", metavar="DIR", help="folder of the runs (default: ./runs or $FINETUI_RUNS)")
+    parser.add_argument("--watch", metavar="PATH", help="open this run's directory or recorded log at once")
     arguments = parser.parse_args(argv)
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         print("finetui: The app needs a terminal.", file=sys.stderr)
@@ -21,8 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ["FINETUI_RUNS"] = str(folder)
 
     from tui.app import FinetuiApp
+    from tui.follow import recording
 
-    app = FinetuiApp(folder)
+    app = FinetuiApp(folder, recording(Path(arguments.watch)) if arguments.watch else None)
     app.run()
     return app.return_code or 0
 

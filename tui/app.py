@@ -1,46 +1,105 @@
-"""The app: it opens home, shows help, and ends when its terminal is gone. Training never depends on it."""
+"""The app: it opens home, shows help, rings when a run ends, and ends when its terminal is gone.
 
+Training never depends on it.
+"""
+
+import contextlib
+import functools
+import json
 import os
 import select
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-from textual.app import App
+from textual import on
+from textual.app import App, SystemCommand
 from textual.binding import Binding
+from textual.notifications import SeverityLevel
 from textual.screen import Screen
 
-from core.paths import runs_dir
-from tui.dialogs import HelpScreen
+from core.paths import cache_dir, runs_dir
+from core.runs import NAME, Run
+from core.watch import GLYPHS
+from tui.dashboard import DashboardScreen
+from tui.dialogs import Ended, HelpScreen
 from tui.home import HomeScreen
 
 LOOK_AT_TERMINAL_S = 1.0
 EXIT_LOST_TERMINAL = 129
-SYSTEM_ACTIONS = ("screen.copy_text", "screen.minimize")
+SYSTEM_ACTIONS = ("screen.copy_text", "screen.minimize", "app.focus_next", "app.focus_previous")
+KEPT_COMMANDS = ("Theme", "Maximize", "Minimize")
 
 
 class FinetuiApp(App[None]):
-    """finetui in a terminal. `folder` holds the runs."""
+    """finetui in a terminal. `folder` holds the runs; `watch` is a run or a recorded log to open at once."""
 
     TITLE = "finetui"
     CSS_PATH = "app.tcss"
     BINDINGS = [Binding("ctrl+q", "quit", "Quit", show=False, priority=True)]
 
-    def __init__(self, folder: Path | None = None) -> None:
+    def __init__(self, folder: Path | None = None, watch: Run | None = None) -> None:
         super().__init__()
         self.folder = folder or runs_dir()
+        self.watch_first = watch
         self.animation_level = "none"
+        self._told: set[tuple[str, str]] = set()
+        if (kept := kept_settings().get("theme")) in self.available_themes:
+            self.theme = kept
 
     def get_default_screen(self) -> Screen[None]:
         default = (Path.cwd() / "runs").absolute()
         return HomeScreen(self.folder, "" if self.folder == default else str(self.folder))
 
     def on_mount(self) -> None:
+        sys.setswitchinterval(0.001)  # a thread that reads a long log gives way to the keyboard five times as often
+        self.theme_changed_signal.subscribe(self, lambda theme: keep_settings({"theme": theme.name}))
         self.set_interval(LOOK_AT_TERMINAL_S, self.end_without_terminal)
+        if self.watch_first:
+            self.push_screen(DashboardScreen(self.watch_first))
 
     def end_without_terminal(self) -> None:
         """Leave when standard input has hung up: without a terminal the input thread would spin."""
         if not self.is_headless and terminal_is_gone():
             self.exit(return_code=EXIT_LOST_TERMINAL)
+
+    @on(Ended)
+    def run_ended(self, event: Ended) -> None:
+        """Ring once for each end: the bell, a notification of the terminal, and a toast."""
+        if (event.run_name, event.status) in self._told:
+            return
+        self._told.add((event.run_name, event.status))
+        words = end_message(event.run_name, event.status)
+        self.bell()
+        if self._driver is not None:
+            self._driver.write(notification(words, in_tmux=bool(os.environ.get("TMUX"))))
+        severity: SeverityLevel = "information" if event.status in ("done", "stopped") else "error"
+        self.notify(f"{GLYPHS.get(event.status, '?')} {words}", severity=severity, markup=False)
+
+    @on(DashboardScreen.GoOn)
+    def go_on(self, event: DashboardScreen.GoOn) -> None:
+        """KTO from the model of the run on the screen: home opens the wizard."""
+        home = self.screen_stack[0]
+        if isinstance(home, HomeScreen):
+            while len(self.screen_stack) > 1:
+                self.pop_screen()
+            home.go_on_with_kto(event.run)
+
+    def get_system_commands(self, screen: Screen[Any]) -> Iterable[SystemCommand]:
+        """Every action of the screen, then themes."""
+        told: set[str] = set()
+        for active in screen.active_bindings.values():
+            binding = active.binding
+            ours = active.node in (screen, self) or binding.show
+            if not active.enabled or not ours or binding.description in told or binding.action in SYSTEM_ACTIONS:
+                continue
+            told.add(binding.description)
+            act = functools.partial(self.run_action, binding.action, active.node)
+            yield SystemCommand(binding.description, f"key {self.get_key_display(binding)}", act)
+        for command in super().get_system_commands(screen):
+            if command.title in KEPT_COMMANDS:
+                yield command
 
     def action_help(self) -> None:
         """The keys of this screen, from its own bindings."""
@@ -49,8 +108,42 @@ class FinetuiApp(App[None]):
             binding = active.binding
             if binding.show or (active.node is self.screen and binding.action not in SYSTEM_ACTIONS):
                 shown.setdefault(binding.description, self.get_key_display(binding))
+        shown["Every action and the themes"] = "ctrl+p"
         place = getattr(self.screen, "place", "")
         self.push_screen(HelpScreen(f"Keys: {place}", [(key, words) for words, key in shown.items()]))
+
+
+def end_message(name: str, status: str) -> str:
+    """What is told of an end. A name that is not plainly a run's is left out: it goes to the terminal as it is."""
+    shown = name if NAME.fullmatch(name) else "a run"
+    return f"finetui: {shown} is {status if status in GLYPHS else 'over'}"
+
+
+def notification(words: str, *, in_tmux: bool) -> str:
+    """OSC 9, which terminals show as a notification of the desktop; handed through tmux where that allows it."""
+    plain = f"\x1b]9;{words}\x07"
+    return "\x1bPtmux;" + plain.replace("\x1b", "\x1b\x1b") + "\x1b\\" if in_tmux else plain
+
+
+def settings_path() -> Path:
+    return cache_dir() / "app.json"
+
+
+def kept_settings() -> dict[str, Any]:
+    """What the app keeps between starts; empty where nothing can be read."""
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads(settings_path().read_bytes())
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def keep_settings(settings: dict[str, Any]) -> None:
+    """Keep these; a cache that cannot be written loses no more than a theme."""
+    with contextlib.suppress(OSError):
+        settings_path().parent.mkdir(parents=True, exist_ok=True)
+        fresh = settings_path().with_suffix(f".{os.getpid()}")
+        fresh.write_text(json.dumps({**kept_settings(), **settings}), encoding="utf-8")
+        os.replace(fresh, settings_path())
 
 
 def terminal_is_gone() -> bool:

@@ -21,8 +21,8 @@ ZOOMS = (1.0, 0.5, 0.25, 0.1)
 NOBODY = -1
 STEP_PANELS = (
     ("loss", (("loss", "loss"), ("eval_loss", "held-out"))),
-    ("rewards", (("rewards/chosen", "chosen"), ("rewards/rejected", "rejected"))),
     ("margin", (("rewards/margins", "margin"), ("eval_rewards/margins", "held-out"))),
+    ("rewards", (("rewards/chosen", "chosen"), ("rewards/rejected", "rejected"))),
     ("KL", (("kl", "KL"), ("eval_kl", "held-out"))),
     ("learning rate", (("learning_rate", "rate"),)),
     ("gradient norm", (("grad_norm", "gradient"),)),
@@ -267,15 +267,22 @@ class Chart(Widget):
         return Content("\n").join([*drawn, Content.styled(axis, "$foreground-muted")])
 
     def _head(self, panel: Panel, width: int) -> Content:
+        """Name and newest figures; the figures give way where there is no room for them."""
+        full = self._legend(panel, figures=True)
+        return full if full.cell_length <= width else self._legend(panel, False).truncate(max(1, width), ellipsis=True)
+
+    @staticmethod
+    def _legend(panel: Panel, figures: bool) -> Content:
         parts: list[str | tuple[str, str]] = [(clean(panel.title, 40), "bold")]
         for index, (name, points) in enumerate(panel.lines):
             newest = next((value for _, value in reversed(points) if value is not None), None)
             hue = LINE_HUES[index % len(LINE_HUES)]
-            mark = f"{MARKS[index % len(MARKS)]} {clean(name, 24)} " if len(panel.lines) > 1 else ""
-            parts.append((f"  {mark}{number(newest, 3)}{f' {panel.unit}' if newest is not None else ''}".rstrip(), hue))
+            mark = f"{MARKS[index % len(MARKS)]} {clean(name, 28)} " if len(panel.lines) > 1 else ""
+            figure = f"{number(newest, 3)} {panel.unit if newest is not None else ''}"
+            parts.append((f"  {mark}{figure if figures or not mark else ''}".rstrip(), hue))
         if gaps := sum(value is None for _, points in panel.lines for _, value in points):
             parts.append((f"  {gaps} not finite", "$text-warning"))
-        return Content.assemble(*parts).truncate(max(1, width), ellipsis=True)
+        return Content.assemble(*parts)
 
     def _axis(self, frame: Frame, width: int) -> str:
         """Figures under the curve, the newest at its end."""
@@ -304,7 +311,8 @@ class ChartGrid(Container):
     @property
     def room(self) -> tuple[int, int]:
         """Columns and rows of charts that fit."""
-        columns = max(1, min(3, self.size.width // self.CELL_WIDTH))
+        narrow = self.screen.has_class("-narrow")
+        columns = 1 if narrow else max(1, min(3, self.size.width // self.CELL_WIDTH))
         rows = max(1, min(self.CHARTS // columns, self.size.height // self.CELL_HEIGHT))
         return columns, rows
 

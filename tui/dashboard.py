@@ -1,15 +1,12 @@
 """The dashboard: one run, live or past, as its log tells it. Leaving it never stops the run."""
 
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from rich.table import Table
 from textual import on, work
 from textual.app import ComposeResult
 from textual.binding import Binding
-from textual.containers import Container, Horizontal, Vertical, VerticalScroll
+from textual.containers import Container, Vertical, VerticalScroll
 from textual.content import Content
 from textual.message import Message
 from textual.widgets import Static
@@ -19,22 +16,30 @@ from core import runner
 from core.events import RunState, StageState
 from core.plan import TRAINING_STAGES
 from core.runs import Run, request_stop
-from core.text import clean, duration, number
-from core.watch import GLYPHS, result_table
-from tui.dialogs import LogScreen, RunRoom
-from tui.follow import LIVE, Follower, LogTail, Snapshot
-from tui.widgets import HUES, Banner, Chart, StepBar, Words, bar, status_words
+from core.text import clean
+from core.watch import shown_result
+from tui.alerts import alerts
+from tui.charts import ZOOMS, ChartGrid, Panel, View, panels
+from tui.dialogs import Ended, LogScreen, PathsScreen, RunRoom
+from tui.follow import Follower, LogTail, Recording, Snapshot
+from tui.report import (
+    STAGE_NAMES,
+    alert_words,
+    can_go_on_with_kto,
+    end_words,
+    final_model,
+    next_words,
+    notes_words,
+    now_words,
+    paths_of,
+    side_words,
+    stage_state,
+)
+from tui.widgets import Banner, StepBar, Words, status_words
 
 PERIOD_S = 1.0
-CHARTS = (("loss", "loss"), ("rewards/margins", "margin"), ("eval_loss", "loss on held-out rows"))
-FIGURES = (
-    ("eval_loss", "held-out loss", 4),
-    ("rewards/margins", "margin", 3),
-    ("kl", "kl", 3),
-    ("learning_rate", "rate", 3),
-    ("grad_norm", "gradient", 3),
-)
-STAGE_NAMES = {"sft": "SFT", "kto": "KTO", "evaluate": "evaluate"}
+GIVE_WAY_S = 0.1
+SHORT = {"learning rate": "rate", "gradient norm": "gradient", "utilisation": "use", "temperature": "heat"}
 
 
 class Body(VerticalScroll):
@@ -51,12 +56,30 @@ class DashboardScreen(RunRoom):
         Binding("s", "stop", "Stop with checkpoint"),
         Binding("a", "abort", "Abort"),
         Binding("r", "resume", "Resume"),
+        Binding("k", "kto", "KTO from here"),
         Binding("l", "log", "Log"),
+        Binding("m", "panel(1)", "Next curves", show=False),
+        Binding("M", "panel(-1)", "Curves before", show=False),
+        *(
+            Binding(str(digit), f"choose({digit - 1})", "Curves from this number on", show=False, key_display="1-9")
+            for digit in range(1, 10)
+        ),
+        Binding("e", "view('smooth')", "Smooth the curves", show=False),
+        Binding("y", "view('log')", "Log scale", show=False),
+        Binding("z", "view('zoom')", "Zoom to the last part", show=False),
+        Binding("o", "paths", "Open folder: every path", show=False),
+        Binding("c", "copy", "Copy the model's path", show=False),
         Binding("escape,h", "leave", "Home", key_display="esc"),
         Binding("q", "app.quit", "Quit"),
         Binding("question_mark,f1", "app.help", "Help", key_display="?"),
     ]
     HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (100, "-wide")]
+
+    @dataclass
+    class GoOn(Message):
+        """KTO from this run's model is wanted."""
+
+        run: Run
 
     @dataclass
     class Seen(Message):
@@ -80,6 +103,8 @@ class DashboardScreen(RunRoom):
         self._log_tail: LogTail | None = None
         self._result: Any = {}
         self._keys_for: tuple[str, int] = ("", 0)
+        self.view = View()
+        self.first_panel = 0
 
     def body(self) -> ComposeResult:
         yield StepBar(id="steps")
@@ -87,11 +112,11 @@ class DashboardScreen(RunRoom):
         with Body(id="scroll"):
             yield Static(id="result", markup=False)
             yield Words(id="end")
+            yield Words(id="alerts")
             with Container(id="columns"):
                 with Vertical(id="left"):
-                    with Horizontal(id="charts"):
-                        yield Chart(id="chart-a")
-                        yield Chart(id="chart-b")
+                    yield Words(id="panels")
+                    yield ChartGrid(id="charts")
                     yield Words(id="notes")
                 yield Words(id="side")
 
@@ -106,6 +131,9 @@ class DashboardScreen(RunRoom):
     def follow(self) -> None:
         """Tail the run's files and post one snapshot a second while something changes."""
         worker, follower = get_current_worker(), Follower(self.run_shown)
+        if glance := follower.glance():
+            self.post_message(self.Seen(glance))
+            self.wake.wait(GIVE_WAY_S)  # it is painted before the rest is read
         while not worker.is_cancelled:
             if snapshot := follower.read():
                 self.post_message(self.Seen(snapshot))
@@ -116,7 +144,9 @@ class DashboardScreen(RunRoom):
 
     @on(Seen)
     def seen(self, event: Seen) -> None:
-        self.snapshot = event.snapshot
+        before, self.snapshot = self.snapshot, event.snapshot
+        if before and before.live and not before.partial and not event.snapshot.live:
+            self.app.post_message(Ended(self.run_shown.name, event.snapshot.status))
         with self.app.batch_update():
             self.paint(event.snapshot)
         if (keys := (event.snapshot.status, len(self.trained()))) != self._keys_for:
@@ -132,34 +162,35 @@ class DashboardScreen(RunRoom):
         """Everything on this screen is painted here."""
         state = snapshot.state
         self.query_one(Banner).say(status_words(snapshot.status))
-        steps = [(STAGE_NAMES.get(stage.name, stage.name), _stage_state(stage, snapshot)) for stage in state.stages]
+        steps = [(STAGE_NAMES.get(stage.name, stage.name), stage_state(stage, snapshot)) for stage in state.stages]
         shown = self.shown_stage(state)
         here = state.stages.index(shown) if shown else -1
         self.query_one(StepBar).show(steps, here)
         self.query_one("#now", Words).say(now_words(snapshot, max(20, self.size.width - 4)))
         self.paint_end(snapshot)
-        self.paint_charts(shown)
+        self.paint_charts(shown, snapshot)
         self.query_one("#notes", Words).say(notes_words(state))
         self.query_one("#side", Words).say(side_words(snapshot))
 
     def paint_end(self, snapshot: Snapshot) -> None:
-        result, end = self.query_one("#result", Static), self.query_one("#end", Words)
+        result = self.query_one("#result", Static)
         if snapshot.state.result != self._result:
             self._result = snapshot.state.result
-            result.update(result_shown(self._result) or "")
+            result.update(shown_result(self._result) or "")
         result.display = bool(self._result)
-        words = end_words(snapshot)
-        end.display = bool(words)
-        end.say(words)
+        words = Content("\n").join(filter(None, [end_words(snapshot), next_words(snapshot)]))
+        for name, said in (("#end", words), ("#alerts", alert_words(alerts(snapshot)))):
+            place = self.query_one(name, Words)
+            place.display = bool(said)
+            place.say(said)
 
-    def paint_charts(self, stage: StageState | None) -> None:
-        drawn = [(title, stage.series[key]) for key, title in CHARTS if stage.series.get(key)] if stage else []
+    def paint_charts(self, stage: StageState | None, snapshot: Snapshot) -> None:
         name = STAGE_NAMES.get(stage.name, stage.name) if stage else ""
-        first, second = self.query_one("#chart-a", Chart), self.query_one("#chart-b", Chart)
-        first.show(f"{name} {drawn[0][0]}" if drawn else "loss", drawn[0][1] if drawn else [])
-        second.display = len(drawn) > 1
-        if len(drawn) > 1:
-            second.show(f"{name} {drawn[1][0]}", drawn[1][1])
+        found = panels(name, stage.series if stage else {}, snapshot.sensors)
+        self.first_panel = max(0, min(self.first_panel, len(found) - 1))
+        grid = self.query_one(ChartGrid)
+        grid.show(found, self.first_panel, self.view)
+        self.query_one("#panels", Words).say(panel_words(found, grid.shown(), self.view, name))
 
     def trained(self) -> list[StageState]:
         """The stages that have curves."""
@@ -182,7 +213,12 @@ class DashboardScreen(RunRoom):
         if action == "stage":
             return self.snapshot is not None and len(self.trained()) > 1
         if action == "resume":
-            return self.snapshot is not None and not live and self.snapshot.status not in ("done", "deleted")
+            ended = self.snapshot is not None and not live and self.snapshot.status not in ("done", "deleted")
+            return ended and not isinstance(self.run_shown, Recording)
+        if action == "kto":
+            return self.snapshot is not None and can_go_on_with_kto(self.snapshot)
+        if action == "copy":
+            return self.snapshot is not None
         return True
 
     def action_stop(self) -> None:
@@ -214,6 +250,45 @@ class DashboardScreen(RunRoom):
             self.chosen_stage = names[max(0, min(len(names) - 1, at + by))]
             self.paint(self.snapshot)
 
+    def action_panel(self, by: int) -> None:
+        """The next or the earlier curves, as many further as are shown."""
+        shown = self.query_one(ChartGrid).shown()
+        at = shown.stop if by > 0 else shown.start - len(shown)
+        last = len(self._panels()) - 1
+        self.action_choose(0 if at > last else max(0, at) if by > 0 or shown.start else last)
+
+    def action_choose(self, index: int) -> None:
+        if self.snapshot and index < len(self._panels()):
+            self.first_panel = index
+            self.paint(self.snapshot)
+
+    def _panels(self) -> list[Panel]:
+        if not self.snapshot:
+            return []
+        stage = self.shown_stage(self.snapshot.state)
+        return panels("", stage.series if stage else {}, self.snapshot.sensors)
+
+    def action_view(self, what: str) -> None:
+        if what == "zoom":
+            self.view = replace(self.view, zoom=(self.view.zoom + 1) % len(ZOOMS))
+        elif what == "log":
+            self.view = replace(self.view, log=not self.view.log)
+        else:
+            self.view = replace(self.view, smooth=not self.view.smooth)
+        if self.snapshot:
+            self.paint(self.snapshot)
+
+    def action_kto(self) -> None:
+        self.post_message(self.GoOn(self.run_shown))
+
+    def action_paths(self) -> None:
+        if self.snapshot:
+            self.app.push_screen(PathsScreen(f"paths of {self.run_shown.name}", paths_of(self.snapshot)))
+
+    def action_copy(self) -> None:
+        if self.snapshot:
+            self.copy(final_model(self.snapshot) or str(self.run_shown.path))
+
     def action_log(self) -> None:
         self.log_screen = LogScreen(f"log of {self.run_shown.name}")
         self._log_tail = LogTail(self.run_shown.log_path)
@@ -227,145 +302,15 @@ class DashboardScreen(RunRoom):
         self.dismiss(None)
 
 
-def _stage_state(stage: StageState, snapshot: Snapshot) -> str:
-    """The state of a stage; a stage of a run that died is not running."""
-    return "crashed" if stage.state == "running" and not snapshot.live else stage.state
-
-
-def now_words(snapshot: Snapshot, width: int) -> Content:
-    """What happens at this moment, how far it is, and how fast."""
-    stage = snapshot.state.current
-    took = duration(snapshot.took_s)
-    if not snapshot.live:
-        head = Content.assemble(status_words(snapshot.status), f" after {took}")
-        return Content("\n").join([head, Content(clean(_last_figures(snapshot), 200))])
-    if stage is None or stage.state != "running":
-        return Content.assemble(status_words(snapshot.status), f"  starting …  {took}")
-    phase_s = snapshot.taken - snapshot.phase_started if snapshot.phase_started else None
-    name = STAGE_NAMES.get(stage.name, stage.name)
-    what = f"{clean(stage.phase, 20)} {clean(stage.detail, 60)}".strip()
-    head = Content.assemble(
-        (f"{clean(name, 20)}: {what}", "bold"), f"  {duration(phase_s)}", (f"   {took} in all", "$foreground-muted")
-    )
-    if snapshot.status == "stopping":
-        head = Content.assemble(status_words("stopping"), "  ", head)
-    done = stage.step / stage.total_steps if stage.total_steps else 0.0
-    steps = f"  step {stage.step}/{stage.total_steps}" if stage.total_steps else ""
-    left = f"  {duration(stage.eta_s)} left" if stage.eta_s is not None and stage.step else ""
-    progress = Content.assemble((bar(done, min(60, width - 40)), "$text-primary"), f" {100 * done:3.0f} %{steps}{left}")
-    return Content("\n").join([head, progress, Content(figures(stage) or _before(stage))])
-
-
-def figures(stage: StageState) -> str:
-    """The newest figures of a stage in one line; empty before the first."""
-    parts = []
-    if points := stage.series.get("loss"):
-        parts.append(f"loss {number(stage.last('loss'))}" if points[-1][1] is not None else "loss not finite")
-    for key, word, digits in FIGURES:
-        if (value := stage.last(key)) is not None:
-            parts.append(f"{word} {number(value, digits)}")
-    if (rate := stage.last("tokens_per_s")) is not None:
-        parts.append(f"{number(rate, 3)} tokens/s")
-    return "   ".join(parts)
-
-
-def _before(stage: StageState) -> str:
-    """What is known before the first step."""
-    if stage.total_steps:
-        return f"{stage.total_steps} steps are ahead; the first figures come with the first logged step"
-    return "loading and preparing: the steps are counted once the rows are read"
-
-
-def _last_figures(snapshot: Snapshot) -> str:
-    trained = [stage for stage in snapshot.state.stages if stage.name in TRAINING_STAGES and stage.series.get("loss")]
-    if not trained:
-        return "no step was logged"
-    stage = trained[-1]
-    margin = stage.last("rewards/margins")
-    parts = [f"{STAGE_NAMES[stage.name]} step {stage.step}/{stage.total_steps}", f"loss {number(stage.last('loss'))}"]
-    return "   ".join([*parts, f"margin {number(margin, 3)}"] if margin is not None else parts)
-
-
-def result_shown(result: dict[str, Any]) -> Table | None:
-    """The evaluation's table, or None where the event is not one."""
-    try:
-        return result_table({**result, "prompts": int(result["prompts"])})
-    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError):
-        return None
-
-
-def end_words(snapshot: Snapshot) -> Content:
-    """After the end: where the model is, or what went wrong and what to try. Empty while the run lives."""
-    if snapshot.live:
-        return Content("")
-    lines = []
-    for stage in snapshot.state.stages:
-        if stage.output and stage.state == "done" and stage.name in TRAINING_STAGES:
-            path = snapshot.run.path / stage.output
-            lines.append(
-                Content.assemble((f"✔ model after {STAGE_NAMES[stage.name]}: ", "$text-success"), clean(path, 400))
-            )
-    if snapshot.status in ("failed", "crashed"):
-        for error in snapshot.state.errors[-1:]:
-            message = f"✘ {clean(error.get('type', ''), 40)}: {clean(error.get('message', ''), 600)}"
-            lines += [Content.styled(message, "$text-error"), Content(clean(error.get("advice") or "", 400))]
-        if not snapshot.state.errors:
-            lines.append(Content.styled("✘ It ended without a word: killed, or the machine went down.", "$text-error"))
-    if snapshot.status in ("failed", "crashed", "stopped", "aborted"):
-        lines.append(Content.assemble("r goes on from the newest checkpoint, l shows the log."))
-    return Content("\n").join(lines)
-
-
-def notes_words(state: RunState, limit: int = 6) -> Content:
-    """The newest notices, newest last, and how many figures were not finite."""
-    lines = []
-    if state.nonfinite:
-        lines.append(Content.styled(f"! {state.nonfinite} figures were not finite (NaN or infinite)", "$text-error"))
-    unique = {(notice.get("text"), notice.get("advice")): notice for notice in state.notices}  # each stage says some
-    for notice in list(unique.values())[-limit:]:
-        warning = notice.get("level") in ("warning", "error")
-        text = f"{clean(notice.get('text', ''), 300)} {clean(notice.get('advice') or '', 200)}".rstrip()
-        lines.append(
-            Content.styled(f"{'!' if warning else '·'} {text}", "$text-warning" if warning else "$foreground-muted")
-        )
-    return Content("\n").join(lines)
-
-
-def stage_words(stage: StageState, snapshot: Snapshot) -> Content:
-    """One stage with its state, its phases in seconds and what it was given."""
-    state = _stage_state(stage, snapshot)
-    over = stage.ended or (None if snapshot.live else snapshot.until)  # a clock here would repaint it all every second
-    took = duration(over - stage.started) if stage.started and over and state != "waiting" else ""
-    name = clean(STAGE_NAMES.get(stage.name, stage.name), 20)
-    lines = [
-        Content.assemble(
-            (f"{GLYPHS.get(state, '?')} {name} {clean(state, 12)}", f"bold {HUES.get(state, '')}".strip()), f"  {took}"
-        )
-    ]
-    phases = ", ".join(f"{phase} {duration(seconds)}" for phase, seconds in stage.phase_seconds.items() if seconds >= 1)
-    totals = stage.totals
-    facts = [phases] if phases else []
-    if totals.get("examples"):
-        facts.append(f"{totals['examples']} examples, {totals.get('left_out') or 0} left out")
-    if stage.checkpoints:
-        facts.append(f"checkpoints at {', '.join(map(str, stage.checkpoints[-4:]))}")
-    return Content("\n").join(
-        [*lines, *(Content.styled(f"  {clean(fact, 200)}", "$foreground-muted") for fact in facts)]
-    )
-
-
-def side_words(snapshot: Snapshot) -> Content:
-    """Stages, memory, model and place of the run."""
-    state = snapshot.state
-    started = time.strftime("%d %b %H:%M:%S", time.localtime(state.started)) if state.started else "–"
-    facts: Sequence[tuple[str, str]] = (
-        ("model", state.model),
-        ("method", state.method),
-        ("started", started),
-        ("note", state.note),
-        ("memory", snapshot.memory if snapshot.status in LIVE else ""),
-        ("folder", str(snapshot.run.path)),
-    )
-    lines = [stage_words(stage, snapshot) for stage in state.stages]
-    lines += [Content.assemble((f"{word} ", "$foreground-muted"), clean(value, 300)) for word, value in facts if value]
-    return Content("\n").join(lines)
+def panel_words(found: list[Panel], shown: range, view: View, stage: str) -> Content:
+    """The curves there are by number, those on the screen bold, and how they are looked at."""
+    parts: list[Any] = []
+    for index, panel in enumerate(found[:9]):
+        name = clean(panel.title.removeprefix(f"{stage} "), 40)
+        name = SHORT.get(name, name)[:14]
+        hue = "bold underline" if index in shown else "$foreground-muted"
+        parts += [(f"{index + 1} {name}", hue), "  "]
+    more = f"+{len(found) - 9}  " if len(found) > 9 else ""
+    if said := view.words():
+        return Content.assemble(*parts, more, (said, "bold reverse"))
+    return Content.assemble(*parts, (f"{more}m more  e smooth  y log  z zoom", "$foreground-muted"))

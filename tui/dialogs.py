@@ -1,18 +1,21 @@
 """Dialogs over a screen: a question, a line to type, the keys; and the log of a run."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from threading import Event
+from typing import Any
 
 from textual import on, work
 from textual.app import ComposeResult
 from textual.binding import Binding
 from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.content import Content
-from textual.screen import ModalScreen
-from textual.widgets import Button, Input, Log
+from textual.message import Message
+from textual.screen import ModalScreen, Screen
+from textual.widgets import Button, Input, Log, OptionList
 
 from core.text import clean
-from tui.widgets import Room, Words, keys
+from tui.widgets import Menu, Room, Words, keys
 
 
 class Confirm(ModalScreen[bool]):
@@ -47,6 +50,14 @@ class Confirm(ModalScreen[bool]):
         self.dismiss(answer)
 
 
+@dataclass
+class Ended(Message):
+    """A run that was watched has ended. For the app, which rings."""
+
+    run_name: str
+    status: str
+
+
 class RunRoom(Room[None]):
     """A screen that acts on runs: it asks, lets the core act in a thread, and has its follower look again at once."""
 
@@ -61,10 +72,49 @@ class RunRoom(Room[None]):
 
         self.app.push_screen(Confirm(question, consequence, yes), answered)
 
+    def copy(self, words: str) -> None:
+        copy_words(self, words)
+
     @work(thread=True, group="deed", exit_on_error=False)
     def do(self, deed: Callable[[], object]) -> None:
         self.report_errors(deed)
         self.wake.set()
+
+
+class PathsScreen(ModalScreen[None]):
+    """Paths and commands, one a line; Enter copies one. Over SSH nothing else can open a folder."""
+
+    BINDINGS = [Binding("escape,o,q", "dismiss", "Close")]
+
+    def __init__(self, title: str, lines: Sequence[tuple[str, str]]) -> None:
+        super().__init__()
+        self._title, self._lines = title, lines
+
+    def compose(self) -> ComposeResult:
+        width = max(len(clean(what, 24)) for what, _ in self._lines)
+        with Vertical(classes="dialog -wide-dialog"):
+            yield Words(Content.styled(clean(self._title, 200), "bold"))
+            options = [
+                Content.assemble((f"{clean(what, 24):>{width}}  ", "$foreground-muted"), clean(line, 600))
+                for what, line in self._lines
+            ]
+            yield Menu(*options, id="paths", markup=False)
+            yield Words(keys(("Enter", "copy"), ("Escape", "close")))
+
+    @on(OptionList.OptionSelected)
+    def chosen(self, event: OptionList.OptionSelected) -> None:
+        copy_words(self, self._lines[event.option_index][1])
+        self.dismiss()
+
+
+def copy_words(screen: Screen[Any], words: str) -> None:
+    """Hand our own words, or a path, to the terminal's clipboard, without what a shell could take for Enter."""
+    screen.app.copy_to_clipboard(clean(words, 4000))
+    screen.notify(
+        "Handed to the terminal (OSC 52). Where it does not take it, mark it with the mouse and Shift.",
+        title=clean(f"Copied: {words}", 200),
+        markup=False,
+    )
 
 
 class Ask(ModalScreen[str | None]):
@@ -72,9 +122,9 @@ class Ask(ModalScreen[str | None]):
 
     BINDINGS = [Binding("escape", "dismiss(None)", "Cancel")]
 
-    def __init__(self, question: str, value: str) -> None:
+    def __init__(self, question: str, value: str, *, may_be_empty: bool = False) -> None:
         super().__init__()
-        self._question, self._value = question, value
+        self._question, self._value, self._may_be_empty = question, value, may_be_empty
 
     def compose(self) -> ComposeResult:
         with Vertical(classes="dialog"):
@@ -84,7 +134,8 @@ class Ask(ModalScreen[str | None]):
 
     @on(Input.Submitted)
     def submitted(self, event: Input.Submitted) -> None:
-        self.dismiss(event.value.strip() or None)
+        words = event.value.strip()
+        self.dismiss(words if words or self._may_be_empty else None)
 
 
 class HelpScreen(ModalScreen[None]):

@@ -4,7 +4,7 @@ import json
 import os
 import shlex
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,10 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from core.backend import gpu_present, settle
 from core.cli import flags_of
-from core.config import OPTIONS, Resolved, resolve
+from core.config import OPTIONS, Resolved, flatten, resolve, size_presets
 from core.errors import FinetuiError
 from core.paths import cache_dir, configs_dir
-from core.plan import Method, Option
+from core.plan import Method, Option, Plan
+from core.sources import model_source
 
 SOURCE = "wizard"
 STEPS = ("Method", "Model", "Data", "Settings", "Review")
@@ -118,6 +119,8 @@ class Checked:
     resolved: Resolved | None
     problems: dict[str, FinetuiError]
     demo: bool
+    model: str = ""
+    """Where a model of one's own was found."""
 
 
 def checked(draft: Draft) -> Checked:
@@ -149,6 +152,19 @@ def checked(draft: Draft) -> Checked:
     except FinetuiError as error:
         problems["model"] = error
     return Checked(resolved, problems, draft.is_demo())
+
+
+def with_model(found: Checked) -> Checked:
+    """The same with a look at the model itself: a folder without weights or an unknown run is a problem."""
+    if found.resolved is None or "model.name" in found.problems:
+        return found
+    try:
+        source = model_source(found.resolved.plan.model, lambda text: None, fetch=False)
+    except FinetuiError as error:
+        return replace(found, problems={**found.problems, "model.name": error})
+    where = f"the adapter {source.adapter} on {source.base}" if source.adapter else source.base
+    place = "" if source.local else ", from the Hub when the run starts, if it is not here"
+    return replace(found, model=f"✔ {where}{place}. Clear the line to take one from the table.")
 
 
 def _missing(draft: Draft) -> dict[str, FinetuiError]:
@@ -212,3 +228,27 @@ def save_draft(draft: Draft, path: Path) -> None:
     with os.fdopen(handle, "w", encoding="utf-8") as stream:
         stream.write(draft.model_dump_json(indent=1))
     os.replace(temporary, path)
+
+
+def draft_of(plan: Plan) -> Draft:
+    """A draft, at its review, that makes the same plan again on this machine. Name and note are not taken over."""
+    values = flatten(plan.model_dump(mode="json"), keep_auto=True)
+    draft = Draft(step=len(STEPS) - 1, method=plan.method, size=plan.model.size or "")
+    preset = size_presets().get(draft.size, {}).get("model", {}).get("name")
+    if not draft.size or plan.model.name not in (preset, ""):
+        draft.model = plan.model.name
+    for stage in draft.stages:
+        rows = plan.stage(stage).data
+        kind: Literal["demo", "file", "hub"] = "file" if rows.file else "hub" if rows.dataset else "demo"
+        draft.data[stage] = RowsDraft(
+            kind=kind, file=rows.file or "", dataset=rows.dataset or "", dataset_file=rows.dataset_file or ""
+        )
+    base = checked(draft).resolved
+    usual = flatten(base.plan.model_dump(mode="json"), keep_auto=True) if base else {}
+    ours = ("name", "note", *draft.chosen())
+    draft.values = {
+        path: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        for path, value in values.items()
+        if path in OPTIONS and path not in ours and applies(path, draft.stages) and value != usual.get(path, value)
+    }
+    return draft

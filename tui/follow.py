@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from core.events import Event, EventTail, RunState, StageState
+from core.events import Event, EventTail, RunState, StageState, parse_line
 from core.gpu import GpuSample, gpu_report
 from core.notes import Note, note_mark, read_note
 from core.runs import Run, is_alive, list_runs, status, summary
@@ -19,10 +19,12 @@ MAX_POINTS = 600
 KEPT_POINTS = 4000
 LIVE = ("running", "stopping")
 GIB = 1 << 30
-BATCH_BYTES = 1_000_000
+BATCH_BYTES = 1_500_000
+FIGURE_TYPES = (int, float)
 DISK_EVERY_S = 15.0
+LONG_LOG_BYTES = 500_000
 Point = tuple[float, float | None]
-At = TypeVar("At", int, float)
+At = TypeVar("At", bound=float)
 SensorLines = dict[str, list[tuple[str, list[Point]]]]
 
 
@@ -44,6 +46,8 @@ class Recording(Run):
 def recording(file: Path) -> Run:
     """What lies at `file`: a run's own log is its run, any other is a recording."""
     file = file.expanduser().absolute()
+    if file.is_dir():
+        file = file / "events.jsonl"
     if file.name == "events.jsonl" and (file.parent / "plan.yaml").is_file():
         return Run(file.parent)
     return Recording(file.parent, file)
@@ -65,6 +69,8 @@ class Snapshot:
     """By stage: (step, seconds of training up to it)."""
     energy_j: float | None = None
     disk_free: int | None = None
+    partial: bool = False
+    """A first look at a long log; the whole follows."""
 
     @property
     def live(self) -> bool:
@@ -201,14 +207,31 @@ class Follower:
         marks = (now, note_mark(self.run.path))
         if not changed and marks == self._shown and now not in LIVE:
             return None
-        if changed or not self._copy:
-            self._copy = {
-                "state": _copied(self._state),
-                "sensors": self._sensors.lines(),
-                "clocks": self._clock.points(),
-                "energy_j": self._sensors.energy_j,
-            }
         self._shown = marks
+        if changed or not self._copy:
+            self._take_copy()
+        return self._snapshot(now)
+
+    def glance(self) -> Snapshot | None:
+        """A quick look at a long log before it is read whole; None for one that is read as quickly."""
+        quick = Follower(self.run)
+        for event in sampled_events(self.run.events_path):
+            tamed(event)
+            quick._fold(event)
+        if not quick._state.stages:
+            return None
+        quick._take_copy()
+        return replace(quick._snapshot(quick._status()), partial=True)
+
+    def _take_copy(self) -> None:
+        self._copy = {
+            "state": _copied(self._state),
+            "sensors": self._sensors.lines(),
+            "clocks": self._clock.points(),
+            "energy_j": self._sensors.energy_j,
+        }
+
+    def _snapshot(self, now: str) -> Snapshot:
         note = read_note(self.run.path) or Note(self._state.note)
         return Snapshot(
             self.run, now, phase_started=self._phase_started, taken=time.time(), note=note,
@@ -257,6 +280,17 @@ class Follower:
             self._phase, self._phase_started = phase, event["t"]
 
 
+def sampled_events(path: Path) -> Iterator[Event]:
+    """Every event of a long log but those of logged steps, of which only every so many; nothing of a short log."""
+    with contextlib.suppress(OSError), path.open("rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        stride = size // LONG_LOG_BYTES
+        for number, line in enumerate(stream if stride > 1 else ()):
+            if number % stride == 0 or b'"log"' not in line[:80]:
+                if (event := parse_line(line)) is not None:
+                    yield event
+
+
 def _compacted(state: RunState) -> None:
     """Let go of what no screen can show of a long log; the newest points stay as they are."""
     del state.samples[:-50], state.notices[:-200], state.errors[:-20]
@@ -278,8 +312,9 @@ def tame(value: Any) -> Any:
 def tamed(event: Event) -> None:
     """Make the figures of an event from a broken or hostile log harmless; its moment becomes 0 where it is none."""
     for key, value in event.items():
-        event[key] = tame(value)
-    if not isinstance(event["t"], int | float) or not 0 <= event["t"] < 1e11:
+        if value.__class__ in FIGURE_TYPES and not -1e15 < value < 1e15:
+            event[key] = None
+    if event["t"].__class__ not in FIGURE_TYPES or not 0 <= event["t"] < 1e11:
         event["t"] = 0.0
 
 
@@ -324,11 +359,15 @@ def thinned(points: Sequence[tuple[At, float | None]], limit: int = MAX_POINTS) 
     width = -(-len(points) * 2 // (limit - 1))
     for start in range(0, len(points) - 1, width):
         stretch = points[start : min(start + width, len(points) - 1)]
-        gap = next((point for point in stretch if point[1] is None), None)
-        low = min(stretch, key=lambda point: point[1] if point[1] is not None else 0)
-        high = max(stretch, key=lambda point: point[1] if point[1] is not None else 0)
-        kept += [gap] if gap else sorted({low, high}, key=lambda point: point[0])
-    return [*kept, points[-1]]
+        values = [value for _, value in stretch if value is not None]
+        if len(values) < len(stretch):
+            kept.append(next(point for point in stretch if point[1] is None))
+        elif (low := values.index(min(values))) != (high := values.index(max(values))):
+            kept += [stretch[min(low, high)], stretch[max(low, high)]]
+        else:
+            kept.append(stretch[low])
+    kept.append(points[-1])
+    return kept
 
 
 def memory_words(event: Event) -> str:
@@ -354,20 +393,24 @@ SENSORS = (("utilisation_percent", "%"), ("temperature_c", "°C"), ("power_w", "
 
 
 def machine_words() -> str:
-    """What this machine trains with, for the strip on top."""
+    """What this machine trains with, for the strip on top: a line a card."""
     report = gpu_report()
     if not report.samples:
         return "No NVIDIA GPU: training runs on the CPU with the 135m model"
-    return clean("   ".join(_card_words(sample) for sample in report.samples), 300)
+    return "\n".join(clean(_card_words(sample), 200) for sample in report.samples)
 
 
 def _card_words(sample: GpuSample) -> str:
     name = (sample.name or "GPU").removeprefix("NVIDIA ").removeprefix("GeForce ")
     words = []
     if sample.memory_used_bytes is not None and sample.memory_total_bytes:
+        filled = round(10 * max(0.0, min(1.0, sample.memory_used_bytes / sample.memory_total_bytes)))
+        words.append("█" * filled + "░" * (10 - filled))
         words.append(f"{sample.memory_used_bytes / GIB:.1f} of {sample.memory_total_bytes / GIB:.0f} GiB")
     words += [f"{value:.0f} {unit}" for key, unit in SENSORS if (value := getattr(sample, key)) is not None]
-    return f"GPU {sample.index} {name}: {', '.join(words) or 'no figures'}"
+    if sample.power_w is not None and sample.power_limit_w:
+        words[-1] = f"{sample.power_w:.0f} of {sample.power_limit_w:.0f} W"
+    return f"GPU {sample.index} {name}  {'  '.join(words) or 'no figures'}"
 
 
 class History:
@@ -378,10 +421,16 @@ class History:
         self._known: dict[str, tuple[Any, dict[str, Any]]] = {}
 
     def read(self) -> list[dict[str, Any]]:
-        """A summary of each run, newest first."""
+        """A summary of each run, pinned ones first, then the newest first."""
+        return list(self.batches())[-1]
+
+    def batches(self, size: int = 25) -> Iterator[list[dict[str, Any]]]:
+        """The summaries so far after the first `size` runs that had to be read and each hundred more, then all."""
+        runs = sorted(list_runs(self.folder), key=lambda run: not (read_note(run.path) or Note()).pinned)
         known, self._known = self._known, {}
-        found = []
-        for run in list_runs(self.folder):
+        found: list[dict[str, Any]] = []
+        fresh = 0
+        for run in runs:
             mark = (_mark(run.events_path), note_mark(run.path))
             before = known.get(run.name)
             if before and before[0] == mark and before[1]["status"] not in LIVE and not is_alive(run):
@@ -389,9 +438,13 @@ class History:
             else:
                 row = {key: tame(value) for key, value in summary(run).items()}
                 row["started"] = row["started"] if row["started"] and 0 < row["started"] < 1e11 else None
+                fresh += 1
             self._known[run.name] = (mark, row)
             found.append(row)
-        return found
+            if fresh >= size:
+                fresh, size = 0, 100
+                yield list(found)
+        yield found
 
 
 def _mark(path: Path) -> tuple[int, int]:

@@ -16,9 +16,13 @@ from textual.widgets.option_list import Option as Entry
 from core.backend import gpu_present
 from core.config import size_presets
 from core.errors import FinetuiError
+from core.paths import runs_dir
 from core.plan import METHODS
 from core.text import clean
+from tui.completion import PathLine
 from tui.draft import Checked, Draft
+from tui.forecast import Counts, card, fit, span_of
+from tui.preview import Preview
 from tui.widgets import Choice, Line, Menu, Rows, Words
 
 METHOD_HELP: dict[str, tuple[str, str, str, str]] = {
@@ -66,6 +70,7 @@ class Page(VerticalScroll, can_focus=False):
     def __init__(self, draft: Draft) -> None:
         super().__init__(classes="page")
         self.draft = draft
+        self.counts: Counts = {}
 
     def on_mount(self) -> None:
         if self.first:
@@ -80,6 +85,14 @@ class Page(VerticalScroll, can_focus=False):
     def ready(self, found: Checked | None) -> bool:
         """Whether the person may go on; puts the focus on what is in the way."""
         return True
+
+    @on(PathLine.Offered)
+    def offered(self, event: PathLine.Offered) -> None:
+        """Show under a line what it may become."""
+        parent = event.line.parent
+        for words in parent.query(".candidates").results(Words) if parent else ():
+            words.say(event.words)
+            words.display = bool(event.words.plain)
 
     @on(Input.Submitted)
     @on(OptionList.OptionSelected)
@@ -118,17 +131,25 @@ class ModelPage(Page):
         yield Words("Which model?", classes="question")
         yield Rows(id="sizes", cursor_type="row")
         yield Words(id="about-size")
+        yield Words(id="card")
         yield Words(
             "Or a model of your own: a Hub id, a folder, or run:NAME for an earlier run's result.", classes="gap"
         )
-        yield Line(clean(self.draft.model), placeholder="OWNER/NAME, folder or run:NAME", id="own")
+        yield PathLine(
+            "model", runs_dir(), clean(self.draft.model), placeholder="OWNER/NAME, folder or run:NAME", id="own"
+        )
+        yield Words(classes="candidates")
         yield Words(id="model-problem")
 
     def on_mount(self) -> None:
+        self._card = card()
         table = self.query_one("#sizes", DataTable)
         table.add_columns("size", "model", "LoRA", "batch", "GiB", "fits here?")
         for size, preset in size_presets().items():
             table.add_row(*(Text(clean(cell, 40)) for cell in self._cells(size, preset)), key=size)
+        if self._card:
+            name, free, total = self._card
+            self.query_one("#card", Words).say(f"{clean(name, 60)}: {free:.1f} of {total:.1f} GiB free")
         size = self.draft.size or ("7b" if gpu_present() else "135m")
         table.move_cursor(row=list(size_presets()).index(size))
         self.query_one("#own" if self.draft.model else "#sizes").focus()
@@ -142,7 +163,7 @@ class ModelPage(Page):
             f"{preset['lora']['r']}/{preset['lora']['alpha']}",
             f"{stage['batch_size']}×{stage['gradient_accumulation_steps']}",
             memory.replace("-", "–"),
-            fits(size, memory),
+            fits(size, memory, self._card),
         ]
 
     @on(DataTable.RowHighlighted)
@@ -173,20 +194,15 @@ class ModelPage(Page):
 
     def show(self, found: Checked) -> None:
         error = found.problems.get("model") or found.problems.get("model.name")
-        own = "Your own model is used; clear the line to take one from the table." if self.draft.model.strip() else ""
+        own = found.model if self.draft.model.strip() else ""
         self.query_one("#model-problem", Words).say(problem_words(error) if error else own)
 
 
-def fits(size: str, memory: str) -> str:
-    """Whether the figures of a size go into the first card here, in a word and a glyph."""
-    from core.gpu import gpus
-
-    cards = gpus()
-    if not cards:
+def fits(size: str, memory: str, found: tuple[str, float, float] | None) -> str:
+    """Whether the figures of a size go into the free memory of the card here, in a word and a glyph."""
+    if found is None:
         return "✔ CPU" if size == "135m" else "✘ needs GPU"
-    total = (cards[0].memory_total_bytes or 0) / (1 << 30)
-    needed = float(memory.split(" ")[0].rsplit("-", 1)[-1])
-    return "✔ yes" if needed < 0.92 * total else "✘ too large" if needed > total else "~ tight"
+    return fit(span_of(memory)[1], found[1], found[2])
 
 
 class DataPage(Page):
@@ -206,18 +222,24 @@ class DataPage(Page):
                 needs = "conversations" if stage == "sft" else "conversations with a label, true or false"
                 yield Words(Content.assemble((stage.upper(), "bold"), (f"  {needs}", "$foreground-muted")))
                 yield Choice(ROW_KINDS, rows.kind, classes="kind")
-                yield Line(
+                yield PathLine(
+                    "file",
+                    runs_dir(),
                     clean(rows.file),
                     placeholder="path of a JSONL, JSON, CSV or Parquet file",
                     classes="file",
                 )
-                yield Line(clean(rows.dataset), placeholder="OWNER/NAME on the Hub", classes="dataset")
+                yield PathLine(
+                    "dataset", runs_dir(), clean(rows.dataset), placeholder="OWNER/NAME on the Hub", classes="dataset"
+                )
                 yield Line(
                     clean(rows.dataset_file),
                     placeholder="file in it (empty: the only one)",
                     classes="dataset_file",
                 )
+                yield Words(classes="candidates")
                 yield Words(classes="report")
+        yield Preview(self.draft.stages)
 
     def on_mount(self) -> None:
         for stage in self.draft.stages:

@@ -6,6 +6,7 @@ from typing import Any
 
 from textual import on
 from textual.app import ComposeResult
+from textual.binding import Binding
 from textual.containers import Container, Vertical
 from textual.content import Content
 from textual.message import Message
@@ -17,6 +18,7 @@ from core.errors import FinetuiError
 from core.plan import Option, Plan
 from core.text import clean
 from tui.draft import DEMO, SOURCE, Checked, Draft, applies
+from tui.forecast import Counts, Forecast, consequence, stage_words
 from tui.pages import Page, problem_words
 from tui.widgets import Choice, Line, Words
 
@@ -34,6 +36,8 @@ CHOICE_WIDTH = 22
 
 class Setting(Container):
     """One option: name, value and where the value comes from; below them the help, or what is wrong with the value."""
+
+    BINDINGS = [Binding("f5", "preset", "Preset's value")]
 
     @dataclass
     class Changed(Message):
@@ -56,8 +60,8 @@ class Setting(Container):
         yield Words(classes="source")
         yield Words(classes="help")
 
-    def explain(self, found: Checked) -> None:
-        """Help, unit and source of the value in force; or what is wrong with the one typed."""
+    def explain(self, found: Checked, counts: Counts) -> None:
+        """Help, unit, source and consequence of the value in force; or what is wrong with the one typed."""
         error = found.problems.get(self.option.path)
         self.set_class(error is not None, "-wrong")
         self.query_one(".source", Words).say(source_of(found, self.option.path) if not error else "▸ cannot be used")
@@ -67,7 +71,11 @@ class Setting(Container):
             return
         unit = f" [{self.option.unit}]" if self.option.unit else ""
         choices = f": {', '.join(self.option.choices)}" if self.option.choices and self.query(Input) else ""
-        self.query_one(".help", Words).say(f"{self.option.help}{choices}{unit}")
+        then = consequence(found.resolved.plan, self.option.path, counts) if found.resolved else ""
+        words = Content(clean(f"{self.option.help}{choices}{unit}"))
+        if then:
+            words = Content.assemble(words, (f"  → {clean(then, 200)}", "$text-accent"))
+        self.query_one(".help", Words).say(words)
         if found.resolved and not self.text:
             self._show_preset(shown_value(found.resolved.plan, self.option.path))
 
@@ -76,6 +84,14 @@ class Setting(Container):
             line.placeholder = clean(value, 60)
         for choice in self.query(Choice):
             choice.show(value)
+
+    def action_preset(self) -> None:
+        """Take back what was typed here."""
+        for line in self.query(Input):
+            line.value = ""
+        if self.text:
+            self.text = ""
+            self.post_message(self.Changed(self.option.path, ""))
 
     @on(Input.Changed)
     @on(Choice.Changed)
@@ -118,7 +134,7 @@ class SettingsPage(Page):
         self._found = found
 
     def compose(self) -> ComposeResult:
-        yield Words("Type over what you want to change; clear a line for the preset's value.", classes="question")
+        yield Words("Type over what you want to change; F5 or an empty line: the preset's.", classes="question")
         yield from self._fields(True)
         with Collapsible(title="Advanced: everything else (Enter opens it)", id="advanced"):
             yield Vertical(id="others")
@@ -133,6 +149,8 @@ class SettingsPage(Page):
             if section != group:
                 group = section
                 yield Words(GROUPS.get(section, section), classes="group")
+                if common and section in self.draft.stages:
+                    yield Words(id=f"then-{section}", classes="then")
             yield Setting(option, self.draft.values.get(path, ""), plan)
 
     def on_mount(self) -> None:
@@ -149,7 +167,11 @@ class SettingsPage(Page):
     def show(self, found: Checked) -> None:
         self._found = found
         for setting in self.query(Setting):
-            setting.explain(found)
+            setting.explain(found, self.counts)
+        if found.resolved:
+            for stage in self.draft.stages:
+                for words in self.query(f"#then-{stage}").results(Words):
+                    words.say(f"→ {stage_words(found.resolved.plan, stage, self.counts.get(stage))}")
 
     def ready(self, found: Checked | None) -> bool:
         wrong = [setting for setting in self.query(Setting) if found and setting.option.path in found.problems]
@@ -176,6 +198,10 @@ class ReviewPage(Page):
     def compose(self) -> ComposeResult:
         yield Words(id="what")
         yield Words(id="verdict", classes="gap")
+        with Container(id="forecast"):
+            for name in (*(stage.upper() for stage in self.draft.stages), "Memory", "Disk", "Duration", "Changed"):
+                yield Words(Content.styled(name, "bold"))
+                yield Words(Content.styled("…", "$foreground-muted"), id=f"forecast-{name.lower()}")
         yield Words(id="command", classes="gap")
         yield Words(id="plan", classes="gap")
 
@@ -200,6 +226,11 @@ class ReviewPage(Page):
 
     def verdict(self, words: Content) -> None:
         self.query_one("#verdict", Words).say(words)
+
+    def forecast(self, forecast: Forecast) -> None:
+        for name, words, hue in forecast.lines:
+            for line in self.query(f"#forecast-{name.lower()}").results(Words):
+                line.say(Content.styled(clean(words, 800), hue))
 
 
 def rows_words(plan: Plan, stage: str) -> str:

@@ -18,7 +18,7 @@ from textual.widgets import DataTable, Footer, Input, OptionList, Static
 from textual.worker import Worker, WorkerState
 
 from core.errors import FinetuiError
-from core.text import clean, number
+from core.text import clean
 from core.watch import GLYPHS
 
 HUES = {
@@ -31,7 +31,6 @@ HUES = {
     "aborted": "$text-warning",
     "waiting": "$foreground-muted",
 }
-BRAILLE = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 Result = TypeVar("Result")
 
 
@@ -243,82 +242,3 @@ def bar(done: float, width: int) -> str:
     """A bar of `width` cells, `done` between 0 and 1."""
     filled = round(max(0.0, min(1.0, done)) * width)
     return "█" * filled + "░" * (width - filled)
-
-
-def curve(points: Sequence[tuple[int, float | None]], width: int, height: int) -> list[str]:
-    """A line through (step, value) as rows of braille, `width` by `height` cells. None is a gap."""
-    finite = [value for _, value in points if value is not None]
-    if not finite or width < 1 or height < 1:
-        return [" " * width] * height
-    low, high = min(finite), max(finite)
-    first, last = points[0][0], points[-1][0]
-    columns, rows = 2 * width - 1, 4 * height - 1
-    cells = [[0] * width for _ in range(height)]
-    before: tuple[int, int] | None = None
-    for step, value in points:
-        if value is None:
-            before = None
-            continue
-        x = round((step - first) / (last - first) * columns) if last > first else columns // 2
-        y = round((high - value) / (high - low) * rows) if high > low else rows // 2
-        for dot_x, dot_y in _line(before or (x, y), (x, y)):
-            cells[dot_y // 4][dot_x // 2] |= BRAILLE[dot_y % 4][dot_x % 2]
-        before = (x, y)
-    return ["".join(chr(0x2800 + cell) if cell else " " for cell in row) for row in cells]
-
-
-def _line(start: tuple[int, int], end: tuple[int, int]) -> list[tuple[int, int]]:
-    """The dots from start to end."""
-    count = max(abs(end[0] - start[0]), abs(end[1] - start[1]), 1)
-    return [
-        (round(start[0] + (end[0] - start[0]) * i / count), round(start[1] + (end[1] - start[1]) * i / count))
-        for i in range(count + 1)
-    ]
-
-
-class Chart(Widget):
-    """A metric over steps: name and newest value above, the scale on the left, the steps below."""
-
-    def __init__(self, id: str | None = None, classes: str | None = None) -> None:
-        super().__init__(id=id, classes=classes)
-        self._title = ""
-        self._points: list[tuple[int, float | None]] = []
-
-    def show(self, title: str, points: Sequence[tuple[int, float | None]]) -> None:
-        fresh = list(points)
-        if (title, fresh) != (self._title, self._points):
-            self._title, self._points = title, fresh
-            self.refresh()
-
-    def render(self) -> Content:
-        width, height = self.content_size
-        finite = [value for _, value in self._points if value is not None]
-        gaps = len(self._points) - len(finite)
-        newest = number(finite[-1]) if finite else "–"
-        head = Content.assemble(
-            (clean(self._title, 40), "bold"), f"  {newest}", (f"  {gaps} not finite" if gaps else "", "$text-warning")
-        )
-        if height < 4 or width < 16:
-            return head
-        if len(finite) < 2:
-            words = "a curve takes two points" if finite else "nothing logged yet"
-            return Content("\n").join([head, Content.styled(words, "$foreground-muted")])
-        rows = height - 2
-        high, low = scale_words(max(finite), min(finite))
-        scale = [high.rjust(8), *[" " * 8] * (rows - 2), low.rjust(8)]
-        drawn = curve(self._points, width - 10, rows)
-        lines = [
-            Content.assemble((f"{mark} ┤", "$foreground-muted"), (row, "$text-accent"))
-            for mark, row in zip(scale, drawn, strict=True)
-        ]
-        first, last = str(self._points[0][0]), f"step {self._points[-1][0]}"
-        axis = f"{' ' * 10}{first}{last.rjust(max(1, width - 10 - len(first)))}"
-        return Content("\n").join([head, *lines, Content.styled(axis, "$foreground-muted")])
-
-
-def scale_words(high: float, low: float) -> tuple[str, str]:
-    """Both ends of a scale with as many digits as tell them apart."""
-    for digits in (3, 4, 5, 6):
-        if number(high, digits) != number(low, digits):
-            break
-    return number(high, digits), number(low, digits)

@@ -18,12 +18,16 @@ from core.commands import preflight
 from core.config import save_plan
 from core.data import Rows, read_rows
 from core.errors import FinetuiError
+from core.lens import Lens, Reply
 from core.runs import Run, create_run
 from core.sources import demo_files
 from core.text import clean
+from tui.completion import remember
 from tui.dialogs import Ask
-from tui.draft import STEPS, Checked, Draft, checked, command_line, save_draft
+from tui.draft import STEPS, Checked, Draft, checked, command_line, save_draft, with_model
+from tui.forecast import Count, Forecast, earlier, forecast
 from tui.pages import DataPage, MethodPage, ModelPage, Page, problem_words
+from tui.preview import DryRunScreen, Preview, preview_key
 from tui.settings import ReviewPage, SettingsPage
 from tui.widgets import Room, StepBar
 
@@ -36,6 +40,7 @@ class WizardScreen(Room[Run | None]):
     BINDINGS = [
         Binding("enter", "next", "Next"),
         Binding("escape", "back", "Back"),
+        Binding("d", "dry_run", "Dry run"),
         Binding("v", "save", "Save as YAML"),
         Binding("ctrl+r", "reset", "Reset to presets"),
         Binding("f1", "app.help", "Help"),
@@ -51,10 +56,19 @@ class WizardScreen(Room[Run | None]):
 
     @dataclass
     class RowsSeen(Message):
-        """A look into the rows of a stage is over, or on its way (`done` False)."""
+        """A look into the rows of a stage is over, or on its way."""
 
         stage: str
         words: Content
+        used: int | None
+        """Usable rows: None while they are read or where there are none, 0 where they are not here yet."""
+
+    @dataclass
+    class LensSaid(Message):
+        """The lens answered: a row for the preview, or the tokens of a stage."""
+
+        slot: str
+        reply: Reply
 
     @dataclass
     class Judged(Message):
@@ -62,6 +76,13 @@ class WizardScreen(Room[Run | None]):
 
         notices: list[str]
         error: FinetuiError | None
+
+    @dataclass
+    class Foreseen(Message):
+        """What the plan will take was worked out."""
+
+        forecast: Forecast
+        edits: int
 
     @dataclass
     class Turn(Message):
@@ -82,6 +103,15 @@ class WizardScreen(Room[Run | None]):
         self.next_wanted = False
         self.starting = False
         self._save_failed = False
+        self.lens = Lens(lambda slot, reply: self.post_message(self.LensSaid(slot, reply)))
+        self.usable: dict[str, int | None] = {}
+        self.counts: dict[str, Count] = {}
+        self.counted: dict[str, str] = {}
+        self.judgement: WizardScreen.Judged | None = None
+        self.foreseen: Forecast | None = None
+
+    def on_unmount(self) -> None:
+        self.lens.close()
 
     def body(self) -> ComposeResult:
         yield StepBar(id="steps")
@@ -107,11 +137,15 @@ class WizardScreen(Room[Run | None]):
         await holder.remove_children()
         await holder.mount(pages[step](self.draft))
         self.refresh_bindings()
+        if step > STEPS.index("Data"):
+            for stage in self.draft.stages:
+                if self.usable.get(stage) is None:
+                    self.rows_wanted(DataPage.Wanted(stage))
         if self.found:
             self.show_found(self.found)
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        return self.draft.step == len(STEPS) - 1 if action == "save" else True
+        return self.draft.step == len(STEPS) - 1 if action in ("save", "dry_run") else True
 
     def action_next(self) -> None:
         self.post_message(self.Turn(1))
@@ -177,7 +211,8 @@ class WizardScreen(Room[Run | None]):
         worker, edits = get_current_worker(), self.edits
         Event().wait(DEBOUNCE_S)
         if not worker.is_cancelled:
-            found = checked(self.draft.model_copy(deep=True))
+            draft = self.draft.model_copy(deep=True)
+            found = with_model(checked(draft)) if draft.model.strip() else checked(draft)
             if not worker.is_cancelled:
                 self.post_message(self.Resolved(found, edits))
 
@@ -189,10 +224,22 @@ class WizardScreen(Room[Run | None]):
             self.next_wanted = False
             await self.go_on()
 
+    def show_counts(self) -> None:
+        """Let the page say what the plan makes of the rows, as far as they are known."""
+        if self.found and self.found_at == self.edits:
+            self.look_closer()
+            self.page.counts = self.counts
+            self.page.show(self.found)
+            if isinstance(self.page, ReviewPage):
+                self.foresee(self.found, dict(self.counts), self.edits)
+
     def show_found(self, found: Checked) -> None:
         page = self.page
+        self.look_closer()
+        page.counts = self.counts
         page.show(found)
         if isinstance(page, ReviewPage):
+            self.judgement = self.foreseen = None
             page.command(command_line(self.draft, self.runs_flag))
             if self.found_at != self.edits:
                 page.verdict(Content.styled("○ working it out …", "$foreground-muted"))
@@ -201,6 +248,7 @@ class WizardScreen(Room[Run | None]):
             elif not self.starting:
                 page.verdict(Content.styled("○ looking at model and rows …", "$foreground-muted"))
                 self.judge(found)
+                self.foresee(found, dict(self.counts), self.edits)
 
     @work(thread=True, exclusive=True, group="judge", exit_on_error=False)
     def judge(self, found: Checked) -> None:
@@ -214,14 +262,37 @@ class WizardScreen(Room[Run | None]):
         if not worker.is_cancelled:
             self.post_message(self.Judged(notices, trouble))
 
+    @work(thread=True, exclusive=True, group="foresee", exit_on_error=False)
+    def foresee(self, found: Checked, counts: dict[str, Count], edits: int) -> None:
+        """Work out what the plan will take, against what this machine has and the runs before."""
+        worker = get_current_worker()
+        if found.resolved is None:
+            return
+        expected = forecast(found.resolved.plan, counts, self.runs_folder, earlier(self.runs_folder))
+        if not worker.is_cancelled:
+            self.post_message(self.Foreseen(expected, edits))
+
+    @on(Foreseen)
+    def foreseen_now(self, event: Foreseen) -> None:
+        if event.edits == self.edits and isinstance(self.page, ReviewPage):
+            self.foreseen = event.forecast
+            self.page.forecast(event.forecast)
+            self.say_judgement()
+
     @on(Judged)
     def judged(self, event: Judged) -> None:
-        if self.starting:
+        self.judgement = event
+        self.say_judgement()
+
+    def say_judgement(self) -> None:
+        """Whether it can start, and the warnings, heaviest first."""
+        if self.starting or self.judgement is None:
             return
-        if event.error:
-            self.say_verdict(problem_words(event.error))
+        if self.judgement.error:
+            self.say_verdict(problem_words(self.judgement.error))
             return
-        lines = [Content.styled(f"! {clean(notice, 400)}", "$text-warning") for notice in event.notices]
+        warnings = [*(self.foreseen.warnings if self.foreseen else []), *self.judgement.notices]
+        lines = [Content.styled(f"! {clean(warning, 400)}", "$text-warning") for warning in warnings]
         ready = Content.assemble(("✔ ready", "bold $text-success"), "  Enter starts it; it goes on when you leave.")
         self.say_verdict(Content("\n").join([ready, *lines]))
 
@@ -231,6 +302,7 @@ class WizardScreen(Room[Run | None]):
 
     @on(DataPage.Wanted)
     def rows_wanted(self, event: DataPage.Wanted) -> None:
+        self.usable.pop(event.stage, None)
         self.look_into_rows(event.stage, self.draft.model_copy(deep=True))
 
     @work(thread=True, group="rows", exit_on_error=False)
@@ -239,15 +311,15 @@ class WizardScreen(Room[Run | None]):
         worker = get_current_worker()
         rows = draft.data[stage]
 
-        def say(words: Content) -> None:
+        def say(words: Content, used: int | None = None) -> None:
             if not worker.is_cancelled and rows == self.draft.data[stage]:
-                self.post_message(self.RowsSeen(stage, words))
+                self.post_message(self.RowsSeen(stage, words, used))
 
         Event().wait(DEBOUNCE_S)
         if worker.is_cancelled or rows != self.draft.data[stage]:
             return
         if rows.kind == "hub":
-            say(Content.styled("Fetched and checked when the run starts.", "$foreground-muted"))
+            say(Content.styled("Fetched and checked when the run starts.", "$foreground-muted"), 0)
             return
         if rows.kind == "file" and not rows.file.strip():
             say(Content.styled("Type the path of a file.", "$foreground-muted"))
@@ -262,14 +334,54 @@ class WizardScreen(Room[Run | None]):
                 include_undesirable=learn_bad,
                 progress=lambda count: say(Content.styled(f"○ {count:,} rows read …", "$foreground-muted")),
             )
-            say(rows_report(found))
+            say(rows_report(found), len(found.used))
         except FinetuiError as error:
             say(problem_words(error))
 
     @on(RowsSeen)
     def rows_seen(self, event: RowsSeen) -> None:
+        self.usable[event.stage] = event.used
         if isinstance(self.page, DataPage) and event.stage in self.draft.stages:
             self.page.report(event.stage, event.words)
+        self.show_counts()
+
+    @on(Preview.Wanted)
+    def look_closer(self) -> None:
+        """Ask the lens for the row that the preview should show, and for the tokens of stages not counted yet."""
+        plan = self.found.resolved.plan if self.found and self.found.resolved else None
+        if plan is None or self.found_at != self.edits:
+            for preview in self.page.query(Preview):
+                preview.say(Content.styled("The plan does not hold together yet.", "$foreground-muted"))
+            return
+        for stage in self.draft.stages:
+            used = self.usable.get(stage)
+            key = f"{preview_key(plan, stage, -1)}|{plan.stage(stage).seed}|{used}"
+            if used is None:
+                self.counts.pop(stage, None)
+                self.counted.pop(stage, None)
+            elif self.counted.get(stage) != key:
+                self.counted[stage] = key
+                self.counts.pop(stage, None)
+                if used:
+                    self.counts[stage] = Count.of_rows(used, plan.stage(stage).data.holdout)
+                self.lens.count(stage, key, plan, stage)
+        for preview in self.page.query(Preview):
+            stage, at = preview.stage, preview.at[preview.stage]
+            if self.usable.get(stage) is None:
+                preview.key = ""
+                preview.say(Content.styled("Rows appear here as they will be trained.", "$foreground-muted"))
+            elif preview.ask(key := preview_key(plan, stage, at)):
+                self.lens.show("preview", key, plan, stage, at)
+
+    @on(LensSaid)
+    def lens_said(self, event: LensSaid) -> None:
+        reply = event.reply
+        if event.slot == "preview":
+            for preview in self.page.query(Preview):
+                preview.tell(reply)
+        elif reply["key"] == self.counted.get(event.slot) and "error" not in reply:
+            self.counts[event.slot] = Count.of_reply(reply)
+            self.show_counts()
 
     @work(thread=True, group="start", exit_on_error=False)
     def start(self) -> None:
@@ -281,6 +393,8 @@ class WizardScreen(Room[Run | None]):
             preflight(found.resolved.plan)
             run = create_run(self.runs_folder, found.resolved)
             runner.start(run)
+            with contextlib.suppress(FinetuiError):
+                remember(self.draft)
         except FinetuiError as error:
             self.post_message(self.Refused(error))
         else:
@@ -296,6 +410,10 @@ class WizardScreen(Room[Run | None]):
         with contextlib.suppress(OSError):
             self.draft_file.unlink()
         self.dismiss(event.run)
+
+    def action_dry_run(self) -> None:
+        if self.found and self.found.resolved and not self.found.problems:
+            self.app.push_screen(DryRunScreen(self.found.resolved))
 
     def action_save(self) -> None:
         self.app.push_screen(Ask("Save the plan as", f"finetui-{self.draft.method}.yaml"), self.save_to)

@@ -106,7 +106,8 @@ def report(group: str, runs: list[Run]) -> None:
         for mark in MARKS:
             better = sum(b[mark] < a[mark] for b, a in zip(before, after, strict=True))
             worse = sum(b[mark] > a[mark] for b, a in zip(before, after, strict=True))
-            print(f"  KTO against SFT, {mark:<10} {better:>3} mended, {worse:>3} broken, p = {mcnemar(better, worse):.4f}")
+            p = mcnemar(better, worse)
+            print(f"  KTO against SFT, {mark:<10} {better:>3} mended, {worse:>3} broken, p = {p:.4f}")
 
 
 def marks(entries: list[dict]) -> str:

@@ -194,7 +194,9 @@ def batches(options: argparse.Namespace) -> None:
 
 
 def speed(options: argparse.Namespace) -> None:
-    sizes = {"sft__batch_size": 6, "sft__gradient_accumulation_steps": 4, "sft__max_steps": 14, "kto__max_steps": 14}
+    sizes = {"sft__batch_size": 6, "sft__gradient_accumulation_steps": 4}
+    for stage in ("sft", "kto"):
+        sizes |= {f"{stage}__max_steps": 14, f"{stage}__save_steps": 14}
     run = make(options, "speed", "sft-kto", **sizes)
     runner.start(run)
     check("speed: done", finish(run) == "done")

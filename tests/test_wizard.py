@@ -1,0 +1,393 @@
+"""The wizard, driven by its keys: preview, consequences, forecast, completion; with hostile rows."""
+
+import html
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from textual.app import App
+from textual.pilot import Pilot
+from textual.widgets import Input
+
+import tui
+from core.backend import settle
+from core.config import resolve
+from core.gpu import GpuSample
+from core.paths import configs_dir
+from core.runs import Run, create_run, write_manifest
+from core.sources import ModelSource
+from tui.completion import completions, load_recent, remember
+from tui.draft import Draft, RowsDraft
+from tui.forecast import Count, adapter_parameters, checkpoint_bytes, consequence, differences, fit, stage_words
+from tui.preview import TRAINED, Preview, example_words
+from tui.settings import Setting
+from tui.wizard import WizardScreen
+
+HOSTILE = "a\x1b[2J\x1b]52;c;ZXZpbA==\x07\x9b31m [/x] [INST] [red]b \u202egnp.exe\u2066 \x08\x7f\tend"
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u202a-\u202e\u2066-\u2069]")
+
+
+@pytest.fixture(autouse=True)
+def own_cache_and_no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Drafts and recent files go into the test's own cache; every machine looks like one without a card."""
+    monkeypatch.setenv("FINETUI_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("core.gpu.gpus", lambda pids=(): [])
+
+
+class WizardApp(App[None]):
+    """The wizard alone, with the app's looks."""
+
+    CSS_PATH = Path(tui.__file__).parent / "app.tcss"
+
+    def __init__(self, draft: Draft, folder: Path) -> None:
+        super().__init__()
+        self.animation_level = "none"
+        self.draft, self.folder = draft, folder
+        self.given: Run | None = None
+
+    def on_mount(self) -> None:
+        self.push_screen(WizardScreen(self.draft, self.folder / "draft.json", self.folder / "runs"), self.take)
+
+    def take(self, run: Run | None) -> None:
+        self.given = run
+        self.exit()
+
+    @property
+    def wizard(self) -> WizardScreen:
+        return next(screen for screen in self.screen_stack if isinstance(screen, WizardScreen))
+
+
+def frame(app: App[Any]) -> str:
+    """What the screen shows, as lines of text."""
+    lines: dict[float, str] = defaultdict(str)
+    cells = r'<text [^>]*?x="([\d.]+)" y="([\d.]+)"[^>]*clip-path[^>]*>([^<]*)</text>'
+    for x, y, text in re.findall(cells, app.export_screenshot()):
+        row = lines[float(y)]
+        lines[float(y)] = row.ljust(round(float(x) / 12.2)) + html.unescape(text).replace("\xa0", " ")
+    return "\n".join(line.rstrip() for _, line in sorted(lines.items()))
+
+
+async def until(pilot: Pilot[Any], condition: Callable[[], Any], limit: int = 3000) -> Any:
+    """Let the app work until `condition` holds."""
+    for _ in range(limit):
+        if found := condition():
+            return found
+        await pilot.pause(0.02)
+    raise AssertionError(frame(pilot.app))
+
+
+async def shows(pilot: Pilot[Any], *words: str) -> str:
+    """Wait until the screen shows all of `words`."""
+
+    def seen() -> str:
+        text = frame(pilot.app)
+        return text if all(word in text for word in words) else ""
+
+    return await until(pilot, seen)
+
+
+def draft_of(method: str, model: Path, rows: Path, step: int = 2, **values: str) -> Draft:
+    """A draft of the tiny model on a file; keywords are settings, with `__` for the dot."""
+    draft = Draft(method=method, model=str(model), step=step)  # type: ignore[arg-type]
+    for stage in draft.stages:
+        draft.data[stage] = RowsDraft(kind="file", file=str(rows))
+    draft.values = {key.replace("__", "."): value for key, value in values.items()}
+    return draft
+
+
+def marked(app: WizardApp) -> str:
+    """The text of the preview that is underlined."""
+    content = app.wizard.query_one("#preview-text").content  # type: ignore[attr-defined]
+    return "".join(content.plain[span.start : span.end] for span in content.spans if "underline" in str(span.style))
+
+
+# --- preview ---
+
+
+async def test_a_row_is_shown_as_it_will_be_trained_and_keys_go_through_the_rows(
+    tmp_path: Path, tiny_model: Path, rows_file: Callable[..., Path]
+) -> None:
+    rows = [
+        {"messages": [{"role": "user", "content": f"Question {n}"}, {"role": "assistant", "content": f"Answer {n}"}]}
+        for n in range(60)
+    ]
+    app = WizardApp(draft_of("sft", tiny_model, rows_file(rows)), tmp_path)
+    async with app.run_test(size=(120, 40)) as pilot:
+        text = await shows(pilot, "row 1 of 60", "Answer 0")
+        assert "<|im_start|>user" in text and "<|im_end|>" in text and "tokens" in text
+        assert marked(app) == "Answer 0<|im_end|>"
+        app.wizard.query_one(Preview).focus()
+        await pilot.press("right")
+        await shows(pilot, "row 2 of 60", "Answer 1")
+        assert marked(app) == "Answer 1<|im_end|>"
+        await pilot.press("shift+right", "shift+right", "shift+right", "right")
+        await shows(pilot, "row 60 of 60", "Answer 59")
+        await pilot.press("left")
+        await shows(pilot, "row 59 of 60", "Answer 58")
+        child = app.wizard.lens.pid
+        assert child and psutil.pid_exists(child)
+        await pilot.press("enter")
+        await until(pilot, lambda: app.wizard.draft.step == 3)
+    assert not psutil.pid_exists(child), "the child ends with the wizard"
+
+
+async def test_a_labelled_row_shows_prompt_completion_and_label_and_space_goes_to_the_other_stage(
+    tmp_path: Path, tiny_model: Path, rows_file: Callable[..., Path]
+) -> None:
+    app = WizardApp(draft_of("sft-kto", tiny_model, rows_file()), tmp_path)
+    async with app.run_test(size=(80, 40)) as pilot:
+        await shows(pilot, "Preview SFT", "row 1 of 20")
+        app.wizard.query_one(Preview).focus()
+        await pilot.press("space")
+        await shows(pilot, "Preview KTO", "row 1 of 40", "✔ true", "prompt", "completion, labelled true")
+        await pilot.press("shift+right")
+        await shows(pilot, "row 26 of 40")
+        while "✘ false" not in frame(app):
+            at = app.wizard.query_one(Preview).at["kto"]
+            await pilot.press("left")
+            await shows(pilot, f"row {at} of 40")
+        await shows(pilot, "✘ false", "labelled false")
+
+
+async def test_what_is_left_out_by_length_says_so(
+    tmp_path: Path, tiny_model: Path, rows_file: Callable[..., Path]
+) -> None:
+    rows = [{"prompt": "short", "completion": "fine"}, {"prompt": "long " * 400, "completion": "too far"}]
+    app = WizardApp(draft_of("sft", tiny_model, rows_file(rows), sft__max_length="64"), tmp_path)
+    async with app.run_test(size=(120, 40)) as pilot:
+        await shows(pilot, "row 1 of 2", "trained")
+        app.wizard.query_one(Preview).focus()
+        await pilot.press("right")
+        await shows(pilot, "row 2 of 2", "left out: No row is left after tokenising: longer than", "not trained")
+
+
+async def test_hostile_rows_change_nothing_on_the_terminal(
+    tmp_path: Path, tiny_model: Path, rows_file: Callable[..., Path]
+) -> None:
+    rows = [{"prompt": HOSTILE, "completion": HOSTILE + "x" * 100_000, "label": label} for label in (True, False)]
+    rows += [{"messages": [{"role": HOSTILE, "content": HOSTILE}], HOSTILE: 1}]
+    draft = draft_of("kto", tiny_model, rows_file(rows), kto__max_length="1024", kto__max_prompt_length="512")
+    app = WizardApp(draft, tmp_path)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await shows(pilot, "3 rows, 2 examples")
+        await until(pilot, lambda: "[INST]" in app.wizard.query_one("#preview-text").content.plain)  # type: ignore[attr-defined]
+        app.wizard.query_one(Preview).focus()
+        await pilot.press("down")
+        shown = app.wizard.query_one("#preview-text").content.plain  # type: ignore[attr-defined]
+        assert CONTROLS.findall(shown.replace("\n", "")) == []
+        assert CONTROLS.findall(frame(app).replace("\n", "")) == []
+        assert "[/x]" in shown and "␛" in shown
+
+
+async def test_without_a_tokenizer_the_preview_says_why(tmp_path: Path, rows_file: Callable[..., Path]) -> None:
+    app = WizardApp(draft_of("sft", Path("nobody/nothing"), rows_file()), tmp_path)
+    async with app.run_test(size=(120, 40)) as pilot:
+        await shows(pilot, "The tokenizer of nobody/nothing is not on this machine yet.", "dry run")
+
+
+async def test_a_child_that_dies_is_told_of_and_started_again(
+    tmp_path: Path, tiny_model: Path, rows_file: Callable[..., Path]
+) -> None:
+    app = WizardApp(draft_of("sft", tiny_model, rows_file()), tmp_path)
+    async with app.run_test(size=(120, 40)) as pilot:
+        await shows(pilot, "row 1 of 20")
+        psutil.Process(app.wizard.lens.pid).kill()
+        app.wizard.query_one(Preview).focus()
+        await pilot.press("right")
+        await until(pilot, lambda: "row 2 of 20" in frame(app) or "process died" in frame(app))
+        await pilot.press("right", "left", "right")
+        await shows(pilot, "of 20", "tokens,")
+
+
+
+
+def test_marks_are_a_colour_and_an_underline() -> None:
+    assert "underline" in TRAINED and "$" in TRAINED
+    reply = {"segments": [["<s>", False, True], ["hi\n", False, False], ["yes", True, False]], "left_out": "", "cut": 3}
+    reply["label"] = False
+    content = example_words("kto", reply)
+    assert content.plain == "! 3 tokens are cut from the left\nprompt\n<s>hi\ncompletion, labelled false\nyes"
+
+
+# --- settings ---
+
+
+def setting(app: WizardApp, path: str) -> Setting:
+    return next(field for field in app.wizard.query(Setting) if field.option.path == path)
+
+
+def help_of(app: WizardApp, path: str) -> str:
+    return setting(app, path).query_one(".help").content.plain  # type: ignore[attr-defined]
+
+
+async def test_consequences_stand_beside_the_fields_and_follow_what_is_typed(
+    tmp_path: Path, tiny_model: Path, rows_file: Callable[..., Path]
+) -> None:
+    app = WizardApp(draft_of("kto", tiny_model, rows_file(), 3, kto__num_train_epochs="3"), tmp_path)
+    async with app.run_test(size=(120, 40)) as pilot:
+        await until(pilot, lambda: "steps an epoch" in help_of(app, "kto.batch_size"))
+        setting(app, "kto.batch_size").query_one(".value").focus()
+        await pilot.press(*"4")
+        await until(pilot, lambda: "→ 4 × 1 = 4 examples a step, 10 steps an epoch" in help_of(app, "kto.batch_size"))
+        assert "30 steps in all" in help_of(app, "kto.num_train_epochs")
+        assert "5 of 30 steps" in help_of(app, "kto.warmup_ratio")
+        await shows(pilot, "→ 30 steps of 4; 40 examples, 10 steps an epoch")
+        await shows(pilot, "tokens an epoch")
+        setting(app, "kto.save_steps").query_one(".value").focus()
+        assert "none before the end at step 30" in help_of(app, "kto.save_steps")
+        await pilot.press("1", "0")
+        await until(pilot, lambda: "3 checkpoints, the newest 3 kept" in help_of(app, "kto.save_steps"))
+        assert app.wizard.draft.values["kto.save_steps"] == "10"
+        assert "set here" in setting(app, "kto.save_steps").query_one(".source").content.plain  # type: ignore[attr-defined]
+        await pilot.press("f5")
+        await until(pilot, lambda: app.wizard.draft.values["kto.save_steps"] == "")
+        await until(pilot, lambda: "preset" in setting(app, "kto.save_steps").query_one(".source").content.plain)  # type: ignore[attr-defined]
+        await pilot.press("ctrl+r")
+        await until(pilot, lambda: app.wizard.draft.values == {})
+
+
+def test_steps_are_said_as_training_counts_them() -> None:
+    plan = settle(resolve("sft-kto", configs_dir() / "demo.yaml", {}, gpu_present=False)).plan
+    counts = {"sft": Count(480, tokens=25_121, trained=11_625, longest=71), "kto": Count(320)}
+    assert consequence(plan, "sft.max_steps", counts) == "0.92 epochs of 120 steps"
+    assert consequence(plan, "sft.num_train_epochs", counts) == "110 steps in all, ended by max_steps after 0.92 epochs"
+    assert consequence(plan, "sft.warmup_ratio", counts) == "6 of 110 steps"
+    assert consequence(plan, "sft.max_length", counts) == "the longest row kept has 71 tokens"
+    assert consequence(plan, "lora.r", counts) == "alpha / r = 2"
+    assert consequence(plan, "kto.batch_size", {}) == "4 × 1 = 4 examples a step"
+    assert "44 steps of 4; 320 examples" in stage_words(plan, "kto", counts["kto"])
+    assert stage_words(plan, "kto", None) == "44 steps of 4 examples"
+
+
+# --- review ---
+
+
+async def test_the_review_foresees_steps_memory_disk_and_what_changed_and_runs_dry(
+    tmp_path: Path, tiny_model: Path, rows_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = str(rows_file())
+    before = {"model.name": str(tiny_model), "sft.data.file": rows, "sft.learning_rate": 1e-3}
+    plan = settle(resolve("sft", None, {key: (value, "x") for key, value in before.items()}, gpu_present=False))
+    run = create_run(tmp_path / "runs", plan)
+    for event in (
+        {"kind": "run_start"},
+        {"kind": "stage_start", "name": "sft"},
+        {"kind": "phase", "stage": "sft", "name": "load", "seconds": 4},
+        {"kind": "log", "stage": "sft", "step": 5, "loss": 1.0, "tokens_per_s": 100.0},
+        {"kind": "stage_end", "name": "sft", "status": "done"},
+        {"kind": "run_end", "status": "done"},
+    ):
+        run.events.append(**event)  # type: ignore[arg-type]
+    draft = draft_of("sft", tiny_model, Path(rows), 4, sft__learning_rate="3e-4", sft__num_train_epochs="2")
+    monkeypatch.setattr("tui.forecast.shutil.disk_usage", lambda place: type("Usage", (), {"free": 1000})())
+    app = WizardApp(draft, tmp_path)
+    async with app.run_test(size=(120, 40)) as pilot:
+        text = await shows(pilot, "✔ ready", "tokens an epoch", "roughly", f"going by {run.name}", "100 tokens/s")
+        assert f"since {run.name}: sft.learning_rate 0.001 → 0.0003; sft.num_train_epochs 3 → 2" in text
+        assert "10 steps of 4; 20 examples, 5 steps an epoch" in text
+        assert "no figure for this model yet" in text and "an estimate" in text
+        assert text.index("The disk is too small") < text.index("rows are left out")
+        await pilot.press("d")
+        await shows(pilot, "Dry run", "✔ it holds together", "SFT: 20 examples")
+        await pilot.press("escape")
+        await until(pilot, lambda: app.screen is app.wizard)
+
+
+def test_the_estimate_of_an_adapter_and_its_checkpoints_is_what_training_wrote(tmp_path: Path) -> None:
+    plan = settle(resolve("sft-kto", configs_dir() / "demo.yaml", {}, gpu_present=False)).plan
+    shape = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
+    (tmp_path / "config.json").write_text(json.dumps({**shape, "num_key_value_heads": 3}))
+    assert adapter_parameters(plan, ModelSource(str(tmp_path))) == 4_884_480  # as the trainer counts them
+    assert adapter_parameters(plan, ModelSource("/not/here/yet")) == 4_884_480
+    (tmp_path / "config.json").write_text('{"hidden_size": "many"}')
+    assert adapter_parameters(plan, ModelSource(str(tmp_path))) is None
+    one = checkpoint_bytes(plan.model_copy(update={"method": "sft"}), {"sft": Count(480)}, 4_884_480)
+    assert one == 4_884_480 * (12 * 4 + 4)  # steps 40, 80 and 110 kept, one being written, and the result
+
+
+def test_differences_name_only_what_both_plans_have() -> None:
+    def plan(method: str, **values: Any) -> Any:
+        settings = {key.replace("__", "."): (value, "x") for key, value in values.items()}
+        return settle(resolve(method, None, settings, gpu_present=False)).plan
+
+    assert differences(plan("sft"), plan("sft", name="other", note=HOSTILE)) == []
+    found = differences(plan("sft", sft__data__demo=True), plan("sft-kto", sft__data__file="x.jsonl"))
+    assert ("method", "sft", "sft-kto") in found and ("sft.data.demo", "True", "False") in found
+    assert not [path for path, _, _ in found if path.startswith("kto.")]
+
+
+# --- completion and model ---
+
+
+async def test_paths_complete_by_tab_and_what_was_used_comes_back_by_down(
+    tmp_path: Path, rows_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows_file(name="my-rows-one.jsonl")
+    used = rows_file(name="my-rows-two.jsonl")
+    (tmp_path / "my-rows-\x1b[2J.jsonl").write_text("evil")
+    (tmp_path / "my-rows.txt").write_text("no data")
+    monkeypatch.chdir(tmp_path)
+    remember(draft_of("sft", Path("owner/name"), used))
+    (tmp_path / "cache" / "recent.json").write_text(
+        (tmp_path / "cache" / "recent.json").read_text().replace('"file": [', '"file": [3, "\\u001b]0;x\\u0007", ')
+    )
+    draft = Draft(step=2, method="sft")
+    draft.data["sft"] = RowsDraft(kind="file")
+    app = WizardApp(draft, tmp_path)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await shows(pilot, "Which rows?")
+        line = app.wizard.query_one("PathLine.file", Input)
+        line.focus()
+        await shows(pilot, "↓ used before:")
+        await pilot.press("m", "y", "tab")
+        await until(pilot, lambda: line.value == "my-rows-")
+        await shows(pilot, "Tab completes: my-rows-one.jsonl  my-rows-two.jsonl")
+        await pilot.press("o", "tab")
+        await until(pilot, lambda: line.value == "my-rows-one.jsonl")
+        await shows(pilot, "✔ 40 rows")
+        await pilot.press("down")
+        await until(pilot, lambda: line.value == str(used))
+        assert line.has_focus
+        await pilot.press("tab")
+        await until(pilot, lambda: not line.has_focus)
+        assert CONTROLS.findall(frame(app).replace("\n", "")) == []
+    assert load_recent()["file"] == [str(used)]
+
+
+def test_an_earlier_runs_result_is_offered_by_name(tmp_path: Path, make_run: Callable[..., Run]) -> None:
+    run = make_run()
+    assert completions("model", "ru", run.path.parent) == []
+    run.final_model("sft").mkdir(parents=True)
+    (run.final_model("sft") / "weights").write_text("x")
+    write_manifest(run.final_model("sft"))
+    assert completions("model", "ru", run.path.parent) == [f"run:{run.name}"]
+    assert completions("model", f"run:{run.name[:4]}", run.path.parent) == [f"run:{run.name}"]
+    assert completions("file", "\0", tmp_path) == completions("model", "~nobody-here/", tmp_path) == []
+
+
+async def test_a_model_of_ones_own_is_looked_at_and_the_sizes_say_what_fits_here(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = GpuSample(0, name="RTX 3090", memory_total_bytes=24 << 30, memory_free_bytes=10 << 30)
+    monkeypatch.setattr("core.gpu.gpus", lambda pids=(): [card])
+    (tmp_path / "empty").mkdir()
+    app = WizardApp(Draft(step=1, method="sft", model=str(tmp_path / "empty")), tmp_path)
+    async with app.run_test(size=(120, 40)) as pilot:
+        text = await shows(pilot, "RTX 3090: 10.0 of 24.0 GiB free", "holds no model (no config.json)")
+        assert "✔ yes" in text and "✘ 10.0 free" in text
+        app.wizard.query_one("#own", Input).value = f"{tmp_path}/nowhere"
+        await shows(pilot, "There is no model folder")
+        app.wizard.query_one("#own", Input).value = str(tiny_model)
+        await shows(pilot, "✔ ", "Clear the line to take one from the table")
+        app.wizard.query_one("#own", Input).value = "run:nothing"
+        await shows(pilot, "There are no runs in")
+
+
+def test_what_fits_is_told_against_the_free_memory() -> None:
+    words = [fit(needed, 10.0, 24.0) for needed in (7.0, 9.9, 14.0, 30.0)]
+    assert words == ["✔ yes", "~ tight", "✘ 10.0 free", "✘ too large"]

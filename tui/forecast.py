@@ -1,0 +1,406 @@
+"""What a plan will take: steps, tokens, disk, memory, time; and what differs from the last run. No widgets."""
+
+import json
+import math
+import shutil
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from core import gpu
+from core.config import OPTIONS, size_presets
+from core.errors import FinetuiError
+from core.plan import Plan
+from core.prepare import planned_steps
+from core.runs import Run, list_runs
+from core.sources import DEMO_MODEL, ModelSource, model_source
+from core.text import duration, number
+
+GIB = 1 << 30
+LOOKED_AT_RUNS = 20
+# Hidden size, feed-forward size, layers, query and key/value width of the presets' models, for an adapter's size before
+# the model's config.json is here; and about what the 4-bit model takes on disk, in GiB: not measured, the 135m apart.
+SHAPES = {
+    "135m": (576, 1536, 30, 576, 192, 0.1),
+    "3b": (2048, 11008, 36, 2048, 256, 2.1),
+    "7b": (4096, 14336, 32, 4096, 1024, 3.9),
+    "13b": (5120, 13824, 40, 5120, 5120, 6.8),
+}
+DEMO_DOWNLOAD, DEMO_MODEL_BYTES = 98e6, 540e6
+GPT_OSS_ADAPTER = 1.4e9
+"""Parameters of rank 128 on every expert of gpt-oss-20b."""
+
+
+@dataclass(frozen=True)
+class Count:
+    """The rows of a stage: `examples` trained in a pass; tokens where the tokenizer has looked at them."""
+
+    examples: int
+    held_out: int = 0
+    tokens: int | None = None
+    trained: int | None = None
+    longest: int | None = None
+    about: bool = False
+    """The figures come from a sample."""
+
+    @classmethod
+    def of_reply(cls, reply: Mapping[str, Any]) -> "Count":
+        """From what `core.lens` counted."""
+        return cls(
+            reply["examples"], reply["held_out"], reply["tokens"], reply["trained_tokens"], reply["longest"],
+            reply["sampled"] < reply["rows"],
+        )  # fmt: skip
+
+    @classmethod
+    def of_rows(cls, used: int, holdout: float) -> "Count":
+        """From the number of usable rows, before any was tokenised."""
+        held = round(used * holdout)
+        return cls(used - held, held, about=bool(held))
+
+
+Counts = Mapping[str, Count]
+
+
+def steps_of(plan: Plan, stage: str, count: Count) -> tuple[int, int]:
+    """Optimiser steps (of a pass over the rows, of the whole stage)."""
+    settings = plan.stage(stage)
+    one_pass = settings.model_copy(update={"max_steps": -1, "num_train_epochs": 1})
+    return planned_steps(one_pass, stage, count.examples), planned_steps(settings, stage, count.examples)
+
+
+def consequence(plan: Plan, path: str, counts: Counts) -> str:
+    """What a setting makes of this stage's rows; empty where nothing follows from it alone."""
+    stage, _, key = path.partition(".")
+    if path in ("lora.r", "lora.alpha"):
+        return f"alpha / r = {plan.lora.alpha / plan.lora.r:g}"
+    if stage not in plan.training_stages:
+        return ""
+    settings, count = plan.stage(stage), counts.get(stage)
+    factors = f"{settings.batch_size} × {settings.gradient_accumulation_steps}"
+    batch = f"{factors} = {settings.effective_batch} examples a step"
+    if count is None:
+        return batch if key in ("batch_size", "gradient_accumulation_steps") else ""
+    epoch, steps = steps_of(plan, stage, count)
+    about = "about " if count.about else ""
+    if key in ("batch_size", "gradient_accumulation_steps"):
+        return f"{batch}, {about}{epoch:,} steps an epoch"
+    if key == "num_train_epochs":
+        ended = f", ended by max_steps after {steps / epoch:.2g} epochs" if settings.max_steps > 0 else ""
+        return f"{about}{steps:,} steps in all{ended}"
+    if key == "max_steps" and settings.max_steps > 0:
+        return f"{steps / epoch:.2g} epochs of {about}{epoch:,} steps"
+    if key == "warmup_ratio":
+        return f"{about}{math.ceil(settings.warmup_ratio * steps):,} of {steps:,} steps"
+    if key == "save_steps":
+        saved = steps // settings.save_steps
+        kept = f"{saved:,} checkpoints, the newest {min(saved, settings.save_total_limit)} kept"
+        return kept if saved else f"none before the end at step {steps:,}"
+    if key == "data.holdout" and settings.data.holdout:
+        return f"{about}{count.held_out:,} rows held out, {count.examples:,} trained"
+    if key == "max_length" and count.longest:
+        return f"the longest row kept has {count.longest:,} tokens"
+    if key == "lr_reduction_step" and plan.kto.two_stage_lr and plan.kto.lr_reduction_step > steps:
+        return f"never reached: the stage ends at step {steps:,}"
+    return ""
+
+
+def stage_words(plan: Plan, stage: str, count: Count | None) -> str:
+    """Steps and tokens of a stage in a line."""
+    settings = plan.stage(stage)
+    if count is None:
+        size = f"{settings.effective_batch} examples"
+        return f"{settings.max_steps:,} steps of {size}" if settings.max_steps > 0 else f"steps of {size} over the rows"
+    about = "about " if count.about else ""
+    epoch, steps = steps_of(plan, stage, count)
+    words = f"{about}{steps:,} steps of {settings.effective_batch}"
+    words += f"; {count.examples:,} examples, {epoch:,} steps an epoch"
+    if count.tokens is not None:
+        words += f", {count.tokens:,} tokens an epoch, {count.trained:,} of them trained"
+    return words
+
+
+# --- memory ---
+
+
+def memory_range(plan: Plan) -> tuple[float, float] | None:
+    """GiB that the preset's runs were seen to take, the least and the most of the plan's stages; None if never seen."""
+    preset = size_presets().get(plan.model.size or "")
+    if preset is None or preset["model"]["name"] != plan.model.name:
+        return None
+    spans = [span_of(str(preset["about"][f"memory_{stage}"])) for stage in plan.training_stages]
+    return min(low for low, _ in spans), max(high for _, high in spans)
+
+
+def span_of(memory: str) -> tuple[float, float]:
+    """The figures of models.yaml: ``7-9`` or ``2.3 (CPU)``, in GiB."""
+    ends = memory.split(" ")[0].split("-")
+    return float(ends[0]), float(ends[-1])
+
+
+def fit(needed_gib: float, free_gib: float, total_gib: float) -> str:
+    """Whether so much goes into a card, in a glyph and words."""
+    if needed_gib > total_gib:
+        return "✘ too large"
+    if needed_gib > free_gib:
+        return f"✘ {free_gib:.1f} free"
+    return "✔ yes" if needed_gib <= 0.92 * free_gib else "~ tight"
+
+
+def card() -> tuple[str, float, float] | None:
+    """Name, free and total GiB of the card that would be used; None without one."""
+    found = gpu.gpus()
+    if not found:
+        return None
+    total = (found[0].memory_total_bytes or 0) / GIB
+    free = found[0].memory_free_bytes
+    return found[0].name or "GPU 0", total if free is None else free / GIB, total
+
+
+def memory_words(plan: Plan) -> tuple[str, bool]:
+    """Memory needed against what is free, and whether it is enough as far as can be told."""
+    seen = memory_range(plan)
+    device = card() if plan.device == "cuda" else None
+    if device:
+        place, free = f"free of {device[2]:.1f} on {device[0]}", device[1]
+    else:
+        place, free = "of RAM free here", psutil.virtual_memory().available / GIB
+    if seen is None:
+        return f"no figure for this model yet; {free:.1f} GiB {place}", True
+    low, high = seen
+    needed = f"{low:g}" if low == high else f"{low:g}–{high:g}"
+    origin = "an RTX 3090" if device else "the demo on a CPU"
+    return f"{needed} GiB needed (as seen with {origin}), {free:.1f} GiB {place}", high <= free
+
+
+# --- disk ---
+
+
+def adapter_parameters(plan: Plan, source: ModelSource) -> int | None:
+    """Parameters of the LoRA on the plan's projections; None where the model's shape is not known."""
+    shape = _shape(plan, source)
+    if shape is None:
+        return int(GPT_OSS_ADAPTER * plan.lora.r / 128) if plan.model.size == "20b" else None
+    hidden, wide, layers, query, key = shape
+    widths = {
+        "q_proj": hidden + query, "k_proj": hidden + key, "v_proj": hidden + key, "o_proj": query + hidden,
+        "gate_proj": hidden + wide, "up_proj": hidden + wide, "down_proj": wide + hidden,
+    }  # fmt: skip
+    if not set(plan.lora.target_modules) <= set(widths):
+        return None
+    return layers * plan.lora.r * sum(widths[name] for name in plan.lora.target_modules)
+
+
+def _shape(plan: Plan, source: ModelSource) -> tuple[int, int, int, int, int] | None:
+    """Hidden, feed-forward, layers, query width, key/value width."""
+    folder = model_folder(source)
+    if folder is None:
+        known = SHAPES.get(plan.model.size or "")
+        return known[:5] if known else None
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        heads = int(config["num_attention_heads"])
+        each = int(config.get("head_dim") or config["hidden_size"] // heads)
+        keys = int(config.get("num_key_value_heads") or heads)
+        sizes = int(config["hidden_size"]), int(config["intermediate_size"]), int(config["num_hidden_layers"])
+        return (*sizes, heads * each, keys * each) if "num_local_experts" not in config else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError):
+        return None
+
+
+def model_folder(source: ModelSource) -> Path | None:
+    """The folder of the base model on this machine; None while it is not here."""
+    if source.local:
+        return Path(source.base)
+    if source.base.startswith("/"):
+        return None
+    import huggingface_hub
+
+    try:
+        found = huggingface_hub.try_to_load_from_cache(source.base, "config.json")
+    except Exception:  # a name that the Hub's client refuses; preflight has the word about it
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def download_bytes(plan: Plan, source: ModelSource) -> tuple[float, str] | None:
+    """Bytes that getting the model will put on the disk, and the words for it; None where they are not known."""
+    if model_folder(source):
+        return 0.0, "the model is here"
+    if plan.model.name == DEMO_MODEL:
+        return DEMO_DOWNLOAD + DEMO_MODEL_BYTES, "the demo model's download and conversion"
+    known = SHAPES.get(plan.model.size or "")
+    return (known[5] * GIB, "the model's download") if known else None
+
+
+def checkpoint_bytes(plan: Plan, counts: Counts, parameters: int) -> float:
+    """Bytes of checkpoints (fp32 adapter and two moments each) and final adapters that the run keeps."""
+    total = 0.0
+    for stage in plan.training_stages:
+        settings, count = plan.stage(stage), counts.get(stage)
+        moment = 1 if "8bit" in settings.optim else 4
+        kept = settings.save_total_limit
+        if count:
+            kept = min(kept, steps_of(plan, stage, count)[1] // settings.save_steps + 1)
+        reference = 4 if stage == "kto" and plan.method == "sft-kto" else 0
+        total += parameters * ((4 + 2 * moment + reference) * (kept + 1) + 4)  # one more while the newest is written
+    return total
+
+
+def disk_words(plan: Plan, source: ModelSource, counts: Counts, runs_folder: Path) -> tuple[str, bool]:
+    """Disk needed (an estimate) against what is free where the runs lie, and whether it is enough."""
+    place = runs_folder
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    parameters = adapter_parameters(plan, source)
+    download = download_bytes(plan, source)
+    run = checkpoint_bytes(plan, counts, parameters) if parameters else 0.0
+    parts = [f"checkpoints and result {size_words(run)}" if parameters else "checkpoints unknown for this model"]
+    if download is None:
+        parts.append("the model's size is known once it is fetched")
+    elif download[0]:
+        parts.append(f"{download[1]} {size_words(download[0])}")
+    else:
+        parts.append(download[1])
+    needed = run + (download[0] if download else 0)
+    return f"about {size_words(needed)} (an estimate: {', '.join(parts)}), {size_words(free)} free", needed <= free
+
+
+def size_words(count: float) -> str:
+    """Bytes for people."""
+    return f"{count / GIB:.1f} GiB" if count >= GIB / 10 else f"{count / (1 << 20):.0f} MiB"
+
+
+# --- the runs before ---
+
+
+def earlier(runs_folder: Path) -> list[tuple[Run, Plan]]:
+    """The newest runs whose plans can be read, newest first."""
+    found = []
+    for run in list_runs(runs_folder)[:LOOKED_AT_RUNS]:
+        try:
+            found.append((run, run.plan()))
+        except FinetuiError:
+            continue
+    return found
+
+
+def differences(before: Plan, now: Plan) -> list[tuple[str, str, str]]:
+    """(path, value before, value now) of what differs, in the plan's order; names and notes do not count."""
+    stages = {*before.training_stages, *now.training_stages}
+    found = []
+    for path in OPTIONS:
+        section = path.split(".")[0]
+        if path in ("name", "note") or (section in ("sft", "kto") and section not in stages):
+            continue
+        old, new = (_value(plan, path) for plan in (before, now))
+        if section in ("sft", "kto") and not (section in before.training_stages and section in now.training_stages):
+            continue  # the method says it already
+        if old != new:
+            found.append((path, _words(old), _words(new)))
+    return found
+
+
+def _value(plan: Plan, path: str) -> Any:
+    value: Any = plan
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _words(value: Any) -> str:
+    return number(value) if isinstance(value, float) else "–" if value in (None, "") else str(value)
+
+
+def duration_words(plan: Plan, counts: Counts, runs: list[tuple[Run, Plan]]) -> str:
+    """A rough duration from the newest finished run of the same model on the same device; empty without one."""
+    if any(stage not in counts or not counts[stage].tokens for stage in plan.training_stages):
+        return ""
+    for run, other in runs:
+        same = (other.model.name, other.device, other.backend) == (plan.model.name, plan.device, plan.backend)
+        if not same or not set(plan.training_stages) <= set(other.training_stages):
+            continue
+        state = run.state()
+        if state.end_status != "done":
+            continue
+        total, rates = 0.0, []
+        for name in plan.training_stages:
+            stage, count = state.stage(name), counts[name]
+            rate = _rate(stage)
+            if not rate or not count.tokens:
+                break
+            steps = steps_of(plan, name, count)[1]
+            total += steps * plan.stage(name).effective_batch * count.tokens / count.examples / rate
+            total += sum(seconds for phase, seconds in stage.phase_seconds.items() if phase != "train")
+            rates.append(f"{name.upper()} {number(rate)} tokens/s")
+        else:
+            scored = state.stage("evaluate")
+            if plan.evaluate.enabled and scored.started and scored.ended:
+                total += scored.ended - scored.started
+            return f"roughly {duration(total)}, going by {run.name} ({', '.join(rates)})"
+    return ""
+
+
+def _rate(stage: Any) -> float | None:
+    """Tokens a second of a finished stage: the median it logged, else worked out from its steps and times."""
+    logged = [value for _, value in stage.series.get("tokens_per_s", []) if value]
+    if logged:
+        return statistics.median(logged)
+    totals = stage.totals
+    try:
+        (begun, first), (ended, last) = stage.pace[0], stage.pace[-1]
+        return totals["tokens"] / totals["examples"] * totals["batch"] * (last - first) / (ended - begun) or None
+    except (IndexError, KeyError, TypeError, ZeroDivisionError):
+        return None
+
+
+def found_source(plan: Plan) -> ModelSource | None:
+    """Where the plan's model lies; None where preflight will say what is wrong with it."""
+    try:
+        return model_source(plan.model, lambda text: None, fetch=False)
+    except FinetuiError:
+        return None
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What the review says: (name, words, colour) a line, and the warnings that follow, heaviest first."""
+
+    lines: list[tuple[str, str, str]]
+    warnings: list[str]
+
+
+def forecast(plan: Plan, counts: Counts, runs_folder: Path, runs: list[tuple[Run, Plan]]) -> Forecast:
+    """Steps, memory, disk, duration and what changed. Looks at the disk and the devices: for a thread."""
+    lines = [(stage.upper(), stage_words(plan, stage, counts.get(stage)), "") for stage in plan.training_stages]
+    warnings = []
+    memory, enough = memory_words(plan)
+    lines.append(("Memory", memory, "" if enough else "$text-warning"))
+    if not enough:
+        warnings.append("Less memory is free than runs of this size were seen to take: it may be killed on the way.")
+    source = found_source(plan)
+    if source:
+        disk, room = disk_words(plan, source, counts, runs_folder)
+        lines.append(("Disk", disk, "" if room else "$text-warning"))
+        if not room:
+            warnings.insert(0, "The disk is too small for what the run will write: free some space first.")
+    unknown = "not known before a run of this model has finished on this device"
+    lines.append(("Duration", duration_words(plan, counts, runs) or unknown, ""))
+    lines.append(("Changed", changed_words(plan, runs), ""))
+    return Forecast(lines, warnings)
+
+
+def changed_words(plan: Plan, runs: list[tuple[Run, Plan]]) -> str:
+    """What differs from the newest run, in a few words."""
+    if not runs:
+        return "nothing to compare with: this is the first run here"
+    run, before = runs[0]
+    found = differences(before, plan)
+    if not found:
+        return f"nothing since {run.name}"
+    shown = "; ".join(f"{path} {old} → {new}" for path, old, new in found[:6])
+    return f"since {run.name}: {shown}{f'; {len(found) - 6} more' if len(found) > 6 else ''}"

@@ -1,0 +1,249 @@
+"""A run in words: what happens now, how it ended, what to do next. Foreign text is cleaned here; no widgets."""
+
+import shlex
+import socket
+import time
+from collections.abc import Sequence
+
+from textual.content import Content
+
+from core.events import RunState, StageState
+from core.plan import TRAINING_STAGES
+from core.text import clean, duration, number
+from core.watch import GLYPHS
+from tui.alerts import Alert
+from tui.follow import GIB, LIVE, Recording, Snapshot
+from tui.widgets import HUES, bar, status_words
+
+FIGURES = (
+    ("eval_loss", "held-out loss", 4),
+    ("rewards/margins", "margin", 3),
+    ("kl", "kl", 3),
+    ("learning_rate", "rate", 3),
+    ("grad_norm", "gradient", 3),
+)
+STAGE_NAMES = {"sft": "SFT", "kto": "KTO", "evaluate": "evaluate"}
+
+
+def stage_state(stage: StageState, snapshot: Snapshot) -> str:
+    """The state of a stage; a stage of a run that died is not running."""
+    return "crashed" if stage.state == "running" and not snapshot.live else stage.state
+
+
+def now_words(snapshot: Snapshot, width: int) -> Content:
+    """What happens at this moment, how far it is, and how fast."""
+    stage = snapshot.state.current
+    took = duration(snapshot.took_s)
+    if not snapshot.live:
+        rest = "   reading the whole log …" if snapshot.partial else ""
+        head = Content.assemble(status_words(snapshot.status), f" after {took}{rest}")
+        return Content("\n").join([head, Content(clean(_last_figures(snapshot), 200))])
+    if stage is None or stage.state != "running":
+        return Content.assemble(status_words(snapshot.status), f"  starting …  {took}")
+    phase_s = snapshot.taken - snapshot.phase_started if snapshot.phase_started else None
+    name = STAGE_NAMES.get(stage.name, stage.name)
+    what = f"{clean(stage.phase, 20)} {clean(stage.detail, 60)}".strip()
+    head = Content.assemble(
+        (f"{clean(name, 20)}: {what}", "bold"), f"  {duration(phase_s)}", (f"   {took} in all", "$foreground-muted")
+    )
+    if snapshot.status == "stopping":
+        head = Content.assemble(status_words("stopping"), "  ", head)
+    done = stage.step / stage.total_steps if stage.total_steps else 0.0
+    steps = f"  step {stage.step}/{stage.total_steps}" if stage.total_steps else ""
+    left = left_words(stage, snapshot)
+    length = max(8, min(60, width - len(steps) - len(left) - 7))
+    progress = Content.assemble((bar(done, length), "$text-primary"), f" {100 * done:3.0f} %{steps}{left}")
+    return Content("\n").join([head, progress, Content(figures(stage) or _before(stage))])
+
+
+def left_words(stage: StageState, snapshot: Snapshot) -> str:
+    """How long this stage still takes, and the moment on the clock at which it is over."""
+    if stage.eta_s is None or not stage.step:
+        return ""
+    over = time.localtime(snapshot.taken + stage.eta_s)
+    form = "%H:%M" if stage.eta_s < 20 * 3600 else "%a %H:%M"
+    last = stage is snapshot.state.stages[-1]
+    return f"  {duration(stage.eta_s)} left, {'done' if last else 'next stage'} at {time.strftime(form, over)}"
+
+
+def figures(stage: StageState) -> str:
+    """The newest figures of a stage in one line; empty before the first."""
+    parts = []
+    if points := stage.series.get("loss"):
+        parts.append(f"loss {number(stage.last('loss'))}" if points[-1][1] is not None else "loss not finite")
+    for key, word, digits in FIGURES:
+        if (value := stage.last(key)) is not None:
+            parts.append(f"{word} {number(value, digits)}")
+    if (rate := stage.last("tokens_per_s")) is not None:
+        parts.append(f"{number(rate, 3)} tokens/s")
+    return "   ".join(parts)
+
+
+def _before(stage: StageState) -> str:
+    """What is known before the first step."""
+    if stage.total_steps:
+        return f"{stage.total_steps} steps are ahead; the first figures come with the first logged step"
+    return "loading and preparing: the steps are counted once the rows are read"
+
+
+def _last_figures(snapshot: Snapshot) -> str:
+    trained = [stage for stage in snapshot.state.stages if stage.name in TRAINING_STAGES and stage.series.get("loss")]
+    if not trained:
+        return "no step was logged"
+    stage = trained[-1]
+    margin = stage.last("rewards/margins")
+    parts = [f"{STAGE_NAMES[stage.name]} step {stage.step}/{stage.total_steps}", f"loss {number(stage.last('loss'))}"]
+    return "   ".join([*parts, f"margin {number(margin, 3)}"] if margin is not None else parts)
+
+
+def end_words(snapshot: Snapshot) -> Content:
+    """After the end: where the model is, or what went wrong and what to try. Empty while the run lives."""
+    if snapshot.live:
+        return Content("")
+    lines = []
+    for stage in snapshot.state.stages:
+        if stage.output and stage.state == "done" and stage.name in TRAINING_STAGES:
+            path = snapshot.run.path / stage.output
+            lines.append(
+                Content.assemble((f"✔ model after {STAGE_NAMES[stage.name]}: ", "$text-success"), clean(path, 400))
+            )
+    if snapshot.status in ("failed", "crashed"):
+        for error in snapshot.state.errors[-1:]:
+            message = f"✘ {clean(error.get('type', ''), 40)}: {clean(error.get('message', ''), 600)}"
+            lines += [Content.styled(message, "$text-error"), Content(clean(error.get("advice") or "", 400))]
+        if not snapshot.state.errors:
+            lines.append(Content.styled("✘ It ended without a word: killed, or the machine went down.", "$text-error"))
+    if snapshot.status in ("failed", "crashed", "stopped", "aborted") and not isinstance(snapshot.run, Recording):
+        lines.append(Content.assemble("r goes on from the newest checkpoint, l shows the log."))
+    return Content("\n").join(lines)
+
+
+def next_words(snapshot: Snapshot) -> Content:
+    """After a good end: what to do with the model. Empty otherwise."""
+    if snapshot.status != "done" or not (folder := final_model(snapshot)):
+        return Content("")
+    lines = [Content.assemble(("fetch  ", "$foreground-muted"), clean(rsync_line(snapshot, folder), 400))]
+    steps = "c copies the model's path, o shows every path"
+    if can_go_on_with_kto(snapshot):
+        steps = f"k goes on with KTO from this model, {steps}"
+    lines.append(Content.assemble(("next   ", "$foreground-muted"), steps))
+    return Content("\n").join(lines)
+
+
+def can_go_on_with_kto(snapshot: Snapshot) -> bool:
+    """Whether the run ended with an SFT model."""
+    done = [stage.name for stage in snapshot.state.stages if stage.output and stage.state == "done"]
+    return snapshot.status == "done" and "sft" in done and "kto" not in done and not isinstance(snapshot.run, Recording)
+
+
+def final_model(snapshot: Snapshot) -> str:
+    """The folder of the newest model the run made, empty for none."""
+    made = [
+        str(snapshot.run.path / stage.output)
+        for stage in snapshot.state.stages
+        if stage.output and stage.state == "done" and stage.name in TRAINING_STAGES
+    ]
+    return made[-1] if made else ""
+
+
+def rsync_line(snapshot: Snapshot, folder: str) -> str:
+    """The command that fetches `folder` to another machine."""
+    host = str(snapshot.state.start.get("host") or socket.gethostname())
+    return f"rsync -av {shlex.quote(f'{host}:{folder}')} ."
+
+
+def paths_of(snapshot: Snapshot) -> list[tuple[str, str]]:
+    """What lies where, and commands to get there: (what it is, a line to copy)."""
+    run = snapshot.run
+    found = [("folder", str(run.path)), ("plan", str(run.plan_path)), ("events", str(run.events_path))]
+    found.append(("log", str(run.log_path)))
+    found += [
+        (f"{STAGE_NAMES.get(stage.name, stage.name)} result", str(run.path / stage.output))
+        for stage in snapshot.state.stages
+        if stage.output and stage.state == "done"
+    ]
+    if folder := final_model(snapshot):
+        found.append(("fetch", rsync_line(snapshot, folder)))
+    found.append(("go there", f"cd {shlex.quote(str(run.path))}"))
+    return found
+
+
+def alert_words(found: Sequence[Alert], limit: int = 4) -> Content:
+    """Alerts with their advice, weightiest first."""
+    lines = []
+    for alert in found[:limit]:
+        hue = "$text-error" if alert.weight > 2 else "$text-warning"
+        head = ("‼ " if alert.weight > 2 else "! ") + alert.text
+        lines.append(Content.assemble((head, f"bold {hue}"), f" {alert.advice}"))
+    return Content("\n").join(lines)
+
+
+def energy_words(joules: float | None) -> str:
+    """Energy for people, empty where no card counts it."""
+    if joules is None:
+        return ""
+    hours = joules / 3600
+    return f"{hours:.1f} Wh" if hours < 1000 else f"{hours / 1000:.2f} kWh"
+
+
+def notes_words(state: RunState, limit: int = 6) -> Content:
+    """The newest notices, newest last, and how many figures were not finite."""
+    lines = []
+    if state.nonfinite:
+        lines.append(Content.styled(f"! {state.nonfinite} figures were not finite (NaN or infinite)", "$text-error"))
+    unique = {(notice.get("text"), notice.get("advice")): notice for notice in state.notices}  # each stage says some
+    for notice in list(unique.values())[-limit:]:
+        warning = notice.get("level") in ("warning", "error")
+        text = f"{clean(notice.get('text', ''), 300)} {clean(notice.get('advice') or '', 200)}".rstrip()
+        lines.append(
+            Content.styled(f"{'!' if warning else '·'} {text}", "$text-warning" if warning else "$foreground-muted")
+        )
+    return Content("\n").join(lines)
+
+
+def stage_words(stage: StageState, snapshot: Snapshot) -> Content:
+    """One stage with its state, its phases in seconds and what it was given."""
+    state = stage_state(stage, snapshot)
+    over = stage.ended or (None if snapshot.live else snapshot.until)  # a clock here would repaint it all every second
+    took = duration(over - stage.started) if stage.started and over and state != "waiting" else ""
+    name = clean(STAGE_NAMES.get(stage.name, stage.name), 20)
+    lines = [
+        Content.assemble(
+            (f"{GLYPHS.get(state, '?')} {name} {clean(state, 12)}", f"bold {HUES.get(state, '')}".strip()), f"  {took}"
+        )
+    ]
+    phases = ", ".join(f"{phase} {duration(seconds)}" for phase, seconds in stage.phase_seconds.items() if seconds >= 1)
+    totals = stage.totals
+    facts = [phases] if phases else []
+    if totals.get("examples"):
+        facts.append(f"{totals['examples']} examples, {totals.get('left_out') or 0} left out")
+    if stage.checkpoints:
+        facts.append(f"checkpoints at {', '.join(map(str, stage.checkpoints[-4:]))}")
+    return Content("\n").join(
+        [*lines, *(Content.styled(f"  {clean(fact, 200)}", "$foreground-muted") for fact in facts)]
+    )
+
+
+def peak_bytes(state: RunState) -> float:
+    """The most GPU memory the trainer held, 0 where it was not told."""
+    values = [value for stage in state.stages for _, value in stage.series.get("vram_peak_bytes", []) if value]
+    return max(values, default=0)
+
+
+def side_words(snapshot: Snapshot) -> Content:
+    """Stages, memory, model and place of the run."""
+    state = snapshot.state
+    started = time.strftime("%d %b %H:%M:%S", time.localtime(state.started)) if state.started else "–"
+    facts: Sequence[tuple[str, str]] = (
+        ("model", state.model),
+        ("method", state.method),
+        ("started", started),
+        ("note", f"{'★ ' if snapshot.note.pinned else ''}{snapshot.note.text}".strip()),
+        ("memory", snapshot.memory if snapshot.status in LIVE else ""),
+        ("peak", f"{peak / GIB:.2f} GiB of GPU memory" if (peak := peak_bytes(state)) else ""),
+        ("energy", energy_words(snapshot.energy_j)),
+        ("folder", str(snapshot.run.path)),
+    )
+    lines = [stage_words(stage, snapshot) for stage in state.stages]
+    lines += [Content.assemble((f"{word} ", "$foreground-muted"), clean(value, 300)) for word, value in facts if value]
+    return Content("\n").join(lines)
