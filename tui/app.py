@@ -5,6 +5,7 @@ Training never depends on it.
 
 import contextlib
 import functools
+import gc
 import json
 import os
 import select
@@ -53,6 +54,7 @@ class FinetuiApp(App[None]):
         return HomeScreen(self.folder, "" if self.folder == default else str(self.folder))
 
     def on_mount(self) -> None:
+        gc.freeze()  # what lives as long as the app is not gone through again at every full collection
         sys.setswitchinterval(0.001)  # a thread that reads a long log gives way to the keyboard five times as often
         self.theme_changed_signal.subscribe(self, lambda theme: keep_settings({"theme": theme.name}))
         self.set_interval(LOOK_AT_TERMINAL_S, self.end_without_terminal)

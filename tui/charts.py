@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from textual import events
 from textual.containers import Container
 from textual.content import Content
+from textual.message import Message
 from textual.widget import Widget
 
 from core.text import clean, number
@@ -16,7 +17,7 @@ Point = tuple[float, float | None]
 Points = Sequence[Point]
 BRAILLE = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 MARKS = "ox+*#%"
-LINE_HUES = ("$text-accent", "$text-warning", "$text-success", "$text-error", "$text-primary", "$text-secondary")
+LINE_HUES = ("$text-accent", "$text-primary", "$text-success", "$text-error", "$text-secondary", "$text-warning")
 ZOOMS = (1.0, 0.5, 0.25, 0.1)
 NOBODY = -1
 STEP_PANELS = (
@@ -299,6 +300,9 @@ class Chart(Widget):
 class ChartGrid(Container):
     """As many charts as there is room for, beside and below each other."""
 
+    class Laid(Message):
+        """There is room for more or fewer charts than before."""
+
     CHARTS = 6
     CELL_WIDTH, CELL_HEIGHT = 34, 9
 
@@ -329,6 +333,7 @@ class ChartGrid(Container):
 
     def on_resize(self, event: events.Resize) -> None:
         self._lay()
+        self.post_message(self.Laid())
 
     def _lay(self) -> None:
         columns, _ = self.room

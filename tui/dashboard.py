@@ -153,6 +153,11 @@ class DashboardScreen(RunRoom):
             self._keys_for = keys
             self.refresh_bindings()
 
+    @on(ChartGrid.Laid)
+    def laid(self) -> None:
+        if self.snapshot:
+            self.paint_charts(self.shown_stage(self.snapshot.state), self.snapshot)
+
     @on(Logged)
     def logged(self, event: Logged) -> None:
         if self.log_screen is not None and self.log_screen.is_attached:
@@ -189,6 +194,8 @@ class DashboardScreen(RunRoom):
         found = panels(name, stage.series if stage else {}, snapshot.sensors)
         self.first_panel = max(0, min(self.first_panel, len(found) - 1))
         grid = self.query_one(ChartGrid)
+        anything = any(points for panel in found for _, points in panel.lines)
+        grid.display = self.query_one("#panels").display = anything
         grid.show(found, self.first_panel, self.view)
         self.query_one("#panels", Words).say(panel_words(found, grid.shown(), self.view, name))
 
