@@ -7,7 +7,7 @@ imports nothing heavy itself.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -70,7 +70,6 @@ class Template:
     tokenizer: Any
     renders_tool_calls: bool = False
     takes_system: bool = True
-    notices: list[str] = field(default_factory=list)
 
     @cached_property
     def end_tokens(self) -> set[int]:
@@ -95,15 +94,11 @@ class Template:
             )
         except TemplateError:
             template.takes_system = False
-        if not template.takes_system:
-            template.notices.append("The template has no system turn: system text goes before the first user turn.")
         try:
             called = template._render([PROBE[0], PROBE_CALL])
             template.renders_tool_calls = "finetui_probe" in called and "finetui_key" in called
         except TemplateError:
             template.renders_tool_calls = False
-        if not template.renders_tool_calls:
-            template.notices.append("The template renders no tool calls: they are written as text, tool_call: NAME.")
         try:
             template._spans(PROBE)
         except TemplateError as error:
@@ -111,6 +106,21 @@ class Template:
                 f"The model's chat template cannot be masked: {error}.", "Give one with --set model.chat_template=FILE."
             ) from error
         return template
+
+    def notices(self, rows: Iterable[Conversation]) -> list[str]:
+        """What this template makes of `rows` other than they are, in sentences; empty where nothing."""
+        folded = called = 0
+        for row in rows:
+            folded += not self.takes_system and any(message["role"] == "system" for message in row.messages)
+            called += not self.renders_tool_calls and any(message.get("tool_calls") for message in row.messages)
+        found = []
+        if folded:
+            where = "it goes before the text of the next user turn"
+            found.append(f"The template has no system turn: {where} ({folded} rows).")
+        if called:
+            how = "they are written as text, tool_call: NAME"
+            found.append(f"The template renders no tool calls: {how} ({called} rows).")
+        return found
 
     def _render(self, messages: list[dict[str, Any]], tools: Any = None, prompt: bool = False) -> str:
         try:

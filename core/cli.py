@@ -13,11 +13,14 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from core import __version__
 from core.errors import FinetuiError
-from core.plan import METHODS, Option, options
+from core.stages import METHODS
+
+if TYPE_CHECKING:  # `finetui` alone becomes the app at once
+    from core.plan import Option
 
 # Shared flags that would set SFT and KTO to the same value where that cannot be meant.
 ONE_STAGE_ONLY = {"--learning-rate": "learning_rate"}
@@ -30,8 +33,10 @@ class Parser(argparse.ArgumentParser):
         raise FinetuiError(f"{message}.", f"`{self.prog} --help` lists what there is.")
 
 
-def flags_of(method: str | None) -> dict[str, list[Option]]:
+def flags_of(method: str | None) -> dict[str, list["Option"]]:
     """Every flag with the options it sets for `method`; None takes the options of all methods."""
+    from core.plan import options
+
     stages = method.split("-") if method else ["sft", "kto"]
     found: dict[str, list[Option]] = {}
     for option in options():
@@ -52,9 +57,7 @@ def add_plan_flags(parser: argparse.ArgumentParser, method: str | None) -> None:
     parser.add_argument("--wandb", action="store_true", help="report to Weights & Biases (key from WANDB_API_KEY)")
     parser.add_argument("--hf-token", metavar="TOKEN", help="handed on in the environment; better: set HF_TOKEN")
     parser.add_argument("--resume-from-checkpoint", metavar="RUN", help="same as `finetui resume RUN`")
-    parser.add_argument(
-        "--on-end", metavar="COMMAND", help="shell command at the run's end, with FINETUI_RUN and FINETUI_STATUS set"
-    )
+    _on_end(parser)
     group = parser.add_argument_group("options of the plan (see also --set)")
     for flag, targets in flags_of(method).items():
         first = targets[0]
@@ -71,7 +74,13 @@ def add_plan_flags(parser: argparse.ArgumentParser, method: str | None) -> None:
         group.add_argument(flag, **named)
 
 
-def _help(targets: list[Option]) -> str:
+def _on_end(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--on-end", metavar="COMMAND", help="shell command at the run's end, with FINETUI_RUN and FINETUI_STATUS set"
+    )
+
+
+def _help(targets: "list[Option]") -> str:
     unit = f" [{targets[0].unit}]" if targets[0].unit else ""
     return f"{targets[0].help}{unit}".replace("%", "%%")
 
@@ -136,6 +145,7 @@ def build_parser() -> Parser:
         if name == "resume":
             command.add_argument("--detach", action="store_true", help="do not follow it")
             command.add_argument("--json", action="store_true", help="print events as JSON lines")
+            _on_end(command)
         if name == "delete":
             command.add_argument("--yes", action="store_true", help="do not ask")
     command = commands.add_parser("runs", help="the history")

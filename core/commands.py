@@ -50,10 +50,14 @@ def train(arguments: argparse.Namespace, method: str, *, demo: bool = False) -> 
     if arguments.dry_run:
         return dry_run(plan, arguments, notices)
     run = create_run(runs_dir(arguments.runs_dir), plan)
-    if arguments.on_end:
-        os.environ[runner.ON_END_ENV] = arguments.on_end
+    _take_on_end(arguments)
     runner.start(run)
     return _after_start(run, arguments, notices)
+
+
+def _take_on_end(arguments: argparse.Namespace) -> None:
+    if arguments.on_end:
+        os.environ[runner.ON_END_ENV] = arguments.on_end
 
 
 def _after_start(run: Run, arguments: argparse.Namespace, notices: list[str] | None = None) -> int:
@@ -224,6 +228,7 @@ def abort(arguments: argparse.Namespace) -> int:
 def resume(arguments: argparse.Namespace) -> int:
     """``finetui resume RUN``"""
     run = _run(arguments)
+    _take_on_end(arguments)
     runner.resume(run)
     return _after_start(run, arguments)
 

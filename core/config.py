@@ -17,7 +17,8 @@ from pydantic import ValidationError
 
 from core.errors import FinetuiError
 from core.paths import configs_dir, writing_whole
-from core.plan import METHODS, SIZES, TRAINING_STAGES, Option, Plan, options
+from core.plan import SIZES, Option, Plan, options
+from core.stages import METHODS, TRAINING_STAGES
 from core.text import clean
 
 OPTIONS: dict[str, Option] = {option.path: option for option in options()}

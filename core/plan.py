@@ -14,11 +14,10 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
-Method = Literal["sft", "kto", "sft-kto"]
+from core.stages import Method
+
 StageName = Literal["sft", "kto", "evaluate"]
-METHODS: tuple[Method, ...] = get_args(Method)
 SIZES = ("135m", "3b", "7b", "13b", "20b")
-TRAINING_STAGES = ("sft", "kto")
 
 MAX_SEED = 2**32 - 1  # numpy takes no larger one
 LORA_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

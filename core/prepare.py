@@ -20,6 +20,7 @@ class StageData:
     rows: list[Rows]
     training: TokenLedger
     held_out: TokenLedger | None
+    notices: list[str]
 
     @property
     def labels(self) -> Counter[bool | None]:
@@ -84,7 +85,7 @@ def prepare(
         for part in (training, held_out)
     ]
     assert ledgers[0] is not None
-    data = StageData(rows, ledgers[0], ledgers[1])
+    data = StageData(rows, ledgers[0], ledgers[1], template.notices(used))
     if name == "kto":
         if len(data.labels) < 2:
             raise FinetuiError(

@@ -15,16 +15,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from core.config import Resolved, load_plan, save_plan
 from core.errors import FinetuiError
 from core.events import EventLog, RunState, parse_line, state_of
 from core.notes import Note, read_note
 from core.paths import writing_whole
-from core.plan import Plan
+
+if TYPE_CHECKING:  # a viewer of a thousand runs reads no plan: pydantic is a third of its start
+    from core.config import Resolved
+    from core.plan import Plan
 
 try:
     import fcntl
@@ -75,8 +77,10 @@ class Run:
     def events(self) -> EventLog:
         return EventLog(self.events_path)
 
-    def plan(self) -> Plan:
+    def plan(self) -> "Plan":
         """The resolved plan this run was made with. Raises FinetuiError."""
+        from core.config import load_plan
+
         return load_plan(self.plan_path)
 
     def state(self) -> RunState:
@@ -133,11 +137,13 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(numbered, reverse=True)]
 
 
-def create_run(folder: Path, resolved: Resolved) -> Run:
+def create_run(folder: Path, resolved: "Resolved") -> Run:
     """Make the run's directory under `folder` with its plan and its first event.
 
     Raises FinetuiError when the name is taken or not a plain name, or the folder cannot be written.
     """
+    from core.config import save_plan
+
     plan = resolved.plan
     if plan.name is not None and (not NAME.fullmatch(plan.name) or plan.name == "last"):
         raise FinetuiError(

@@ -58,10 +58,10 @@ def train_stage(run: Run, plan: Plan, name: str, base: str, reporter: Reporter) 
         if base:
             source = ModelSource(source.base, run.final_model(base))
         loaded = load_model(plan, source, stage)
-        for text in loaded.template.notices:
-            reporter.notice(text)
     with reporter.phase("tokenize"):
         data = prepare(stage, name, loaded.template, reporter.detail, _progress(reporter))
+        for text in data.notices:
+            reporter.notice(text)
         _store_report(folder, data)
     checkpoint = run.newest_checkpoint(name)
     build = kto_trainer if isinstance(stage, KTOPlan) else sft_trainer

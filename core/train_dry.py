@@ -46,7 +46,6 @@ def dry_run(plan: Plan, *, load: bool) -> dict[str, Any]:
     text.append(f"model: {download(source)}")
     _, template, origin = load_tokenizer(plan, source)
     text.append(f"chat template: {origin}")
-    text += template.notices
     stages = {}
     for name in plan.training_stages:
         stage = plan.stage(name)
@@ -63,6 +62,7 @@ def dry_run(plan: Plan, *, load: bool) -> dict[str, Any]:
             f"({report['trained_tokens']:,} trained), longest {report['longest']}; {per_epoch:.0f} steps of "
             f"{stage.effective_batch} an epoch, {steps} in all"
         )
+        text += [f"  {notice}" for notice in data.notices]
         text += [f"  left out: {count} × {reason}" for reason, count in report["left_out_reasons"].items()]
         if report["held_out"]:
             text.append(f"  {report['held_out']} rows held out for evaluation")

@@ -61,7 +61,7 @@ class Desk:
         at = max(0, min(request["at"], len(used) - 1))
         return {
             **shown(template, plan.stage(name), name, used[at]), "at": at, "of": len(used), "origin": origin,
-            "notices": template.notices,
+            "notices": template.notices(used),
         }  # fmt: skip
 
     def template(self, plan: Plan) -> tuple[Template, str]:

@@ -31,11 +31,14 @@ class Terminal:
 
     def open(self, width: int = 120, height: int = 40) -> None:
         setting = [f"{key}={value}" for key, value in self.environment.items()]
-        command = ["env", *setting, sys.executable, "-P", "-m", "tui"]
+        command = ["env", "-u", "COLUMNS", "-u", "LINES", *setting, sys.executable, "-P", "-m", "tui"]
         self.tmux("new-session", "-d", "-x", str(width), "-y", str(height), "-c", str(ROOT), *command)
 
     def press(self, *keys: str) -> None:
         self.tmux("send-keys", *keys)
+
+    def type(self, text: str) -> None:
+        self.tmux("send-keys", "-l", text)
 
     @property
     def text(self) -> str:
@@ -95,6 +98,58 @@ def test_killing_the_app_and_its_terminal_leaves_the_training_going(
     terminal.shows("✔ done", run.name[:20])
     terminal.press("Enter")
     terminal.shows("✔ done after", "300/300", "model after SFT")
+    terminal.press("q")
+    wait_until(lambda: not terminal.text)
+
+
+@needs_tmux
+def test_by_keys_alone_from_the_wizard_through_death_and_stop_to_the_end(
+    terminal: Terminal, tiny_model: Path, rows_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Wizard → a real training → the app is killed → opened again → stopped → resumed → done."""
+    terminal.open()
+    terminal.shows("Welcome")
+    terminal.press("n")
+    terminal.shows("What shall the model learn from?")
+    terminal.press("Home", "Enter")
+    terminal.shows("Which model?")
+    terminal.press("Tab")
+    terminal.type(str(tiny_model))
+    terminal.shows(f"✔ {tiny_model}"[:60])
+    terminal.press("Enter")
+    terminal.shows("Which rows?", "the demo's rows")
+    terminal.press("Right")
+    terminal.shows("Type the path of a file.")
+    terminal.press("Tab")
+    terminal.type(str(rows_file()))
+    terminal.shows("✔ 40 rows, 20 examples", "trained")
+    terminal.press("Enter")
+    terminal.shows("num_train_epochs", "5 steps an epoch")
+    terminal.press(*["Tab"] * 6)
+    terminal.type("400")
+    terminal.shows("2,000 steps in all")
+    terminal.press("Enter")
+    terminal.shows("✔ ready", "2,000 steps of 4", "finetui sft --model-name")
+    terminal.press("Enter")
+    terminal.shows("● running", "tokens/s", "/2000", limit_s=120)
+    [run] = list_runs(tmp_path / "runs")
+    os.kill(terminal.pid("pane_pid"), signal.SIGKILL)
+    wait_until(lambda: not terminal.text)
+    assert is_alive(run)
+    terminal.open(80, 24)
+    terminal.shows("● running")
+    terminal.press("s")
+    terminal.shows("It saves a checkpoint")
+    terminal.press("y")
+    terminal.shows("■ stopped")
+    stopped_at = run.state().stage("sft").step
+    assert 0 < stopped_at < 2000 and run.newest_checkpoint("sft")
+    terminal.press("r")
+    terminal.shows("● running")
+    terminal.press("Enter")
+    terminal.shows("✔ done after", "2000/2000", limit_s=180)
+    resumed = run.state().stage("sft").series["loss"]
+    assert [step for step, _ in resumed] == sorted({step for step, _ in resumed}) and resumed[-1][0] == 2000
     terminal.press("q")
     wait_until(lambda: not terminal.text)
 

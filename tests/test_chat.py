@@ -183,7 +183,10 @@ def test_the_newline_is_left_out_even_where_the_end_of_turn_is_not_the_models_eo
 
 def test_a_template_that_cannot_render_calls_gets_them_as_text_everywhere(chatml: Template) -> None:
     assert not chatml.renders_tool_calls
-    assert any("tool_call: NAME" in notice for notice in chatml.notices)
+    assert chatml.notices([Conversation("f", 1, [USER, CALL]), Conversation("f", 2, [USER, ANSWER])]) == [
+        "The template renders no tool calls: they are written as text, tool_call: NAME (1 rows)."
+    ]
+    assert chatml.notices([Conversation("f", 2, [USER, ANSWER])]) == []
     text = 'tool_call: set_timer\narguments: {"minutes": 5, "what": "tea ü"}<|im_end|>'
     assert trained_texts(chatml, [USER, CALL]) == [text]
     assert trained_texts(chatml, [USER, {**CALL, "content": "Gladly."}]) == [f"Gladly.\n\n{text}"]
@@ -264,7 +267,8 @@ def test_a_base_model_gets_its_familys_template_by_its_config_and_another_gets_n
 @pytest.mark.parametrize("jinja", [NO_SYSTEM, IGNORES_SYSTEM], ids=["raises", "ignores"])
 def test_a_template_without_a_system_turn_gets_its_text_before_the_next_user_turn(dressed: Dressed, jinja: str) -> None:
     template = dressed(jinja)
-    assert not template.takes_system and any("no system turn" in notice for notice in template.notices)
+    assert not template.takes_system
+    assert "no system turn" in template.notices([Conversation("f", 1, [SYSTEM, USER, ANSWER])])[0]
     tokens = template.tokenize([SYSTEM, USER, ANSWER])
     assert "user\nBe brief.\n\nHi there<|im_end|>" in template.tokenizer.decode(tokens.input_ids)
     assert trained_texts(template, [SYSTEM, USER, ANSWER]) == ["Hello!<|im_end|>"]

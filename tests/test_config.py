@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from core.config import OPTIONS, Resolved, load_plan, parse_setting, resolve, save_plan
 from core.errors import FinetuiError
 from core.paths import configs_dir
-from core.plan import METHODS, SIZES, Plan, options
+from core.plan import SIZES, Plan, options
+from core.stages import METHODS
 
 PRESETS = {"sft.yaml": "sft", "kto.yaml": "kto", "sft-kto.yaml": "sft-kto", "demo.yaml": "sft-kto"}
 WritePlan = Callable[..., Path]

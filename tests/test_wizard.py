@@ -254,14 +254,14 @@ async def test_consequences_stand_beside_the_fields_and_follow_what_is_typed(
 def test_steps_are_said_as_training_counts_them() -> None:
     plan = settle(resolve("sft-kto", configs_dir() / "demo.yaml", {}, gpu_present=False)).plan
     counts = {"sft": Count(480, tokens=25_121, trained=11_625, longest=71), "kto": Count(320)}
-    assert consequence(plan, "sft.max_steps", counts) == "0.92 epochs of 120 steps"
-    assert consequence(plan, "sft.num_train_epochs", counts) == "110 steps in all, ended by max_steps after 0.92 epochs"
-    assert consequence(plan, "sft.warmup_ratio", counts) == "6 of 110 steps"
+    assert consequence(plan, "sft.max_steps", counts) == "0.47 epochs of 120 steps"
+    assert consequence(plan, "sft.num_train_epochs", counts) == "56 steps in all, ended by max_steps after 0.47 epochs"
+    assert consequence(plan, "sft.warmup_ratio", counts) == "3 of 56 steps"
     assert consequence(plan, "sft.max_length", counts) == "the longest row kept has 71 tokens"
     assert consequence(plan, "lora.r", counts) == "alpha / r = 2"
     assert consequence(plan, "kto.batch_size", {}) == "4 × 1 = 4 examples a step"
-    assert "44 steps of 4; 320 examples" in stage_words(plan, "kto", counts["kto"])
-    assert stage_words(plan, "kto", None) == "44 steps of 4 examples"
+    assert "72 steps of 4; 320 examples" in stage_words(plan, "kto", counts["kto"])
+    assert stage_words(plan, "kto", None) == "72 steps of 4 examples"
 
 
 # --- review ---
@@ -307,7 +307,7 @@ def test_the_estimate_of_an_adapter_and_its_checkpoints_is_what_training_wrote(t
     (tmp_path / "config.json").write_text('{"hidden_size": "many"}')
     assert adapter_parameters(plan, ModelSource(str(tmp_path))) is None
     one = checkpoint_bytes(plan.model_copy(update={"method": "sft"}), {"sft": Count(480)}, 4_884_480)
-    assert one == 4_884_480 * (12 * 4 + 4)  # steps 40, 80 and 110 kept, one being written, and the result
+    assert one == 4_884_480 * (12 * 3 + 4)  # steps 40 and 56 kept, one being written, and the result
 
 
 def test_differences_name_only_what_both_plans_have() -> None:

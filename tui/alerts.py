@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from core.events import StageState
-from core.plan import TRAINING_STAGES
+from core.stages import TRAINING_STAGES
 from core.text import clean, number
 from tui.follow import GIB, Snapshot
 
@@ -93,8 +93,8 @@ def _still(stage: StageState, name: str) -> list[Alert]:
         advice = f"Raise {rate}: at 2e-7 a LoRA hardly moves. Until then KTO changes nothing."
         found.append(Alert(2, f"{name}: the margin has not moved from 0 in {stage.step} steps.", advice))
     elif len(kl) >= STILL_LOGS and not any(kl):
-        advice = f"The reference point is 0: look whether {stage.name}.batch_size is above 1 and prompts differ."
-        found.append(Alert(1, f"{name}: the KL is 0 in every log.", advice))
+        advice = "TRL never lets it be negative: it is 0 while answers to other prompts grow less likely."
+        found.append(Alert(1, f"{name}: the KL estimate is 0 in every log, the margin moves.", advice))
     return found
 
 

@@ -2,7 +2,7 @@
 
 import math
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from textual import events
@@ -149,23 +149,17 @@ def plot(lines: Sequence[Points], width: int, height: int) -> list[list[tuple[st
     owner = [[NOBODY] * width for _ in range(height)]
     marks: dict[tuple[int, int], int] = {}
     for index, points in enumerate(lines):
-        before: tuple[int, int] | None = None
         next_mark = -1 + 3 * index
         sparse = len(points) * 4 <= width
-        for x, value in points:
-            if value is None:
-                before = None
-                continue
-            here = frame.dot(x, value, 2 * width, 4 * height)
-            for across, down in _line(before or here, here):
-                dots[down // 4][across // 2] |= BRAILLE[down % 4][across % 2]
-                owner[down // 4][across // 2] = index
-                if not sparse and across // 2 >= next_mark:
-                    marks[(down // 4, across // 2)] = index
-                    next_mark = across // 2 + 12
-            if sparse:
-                marks[(here[1] // 4, here[0] // 2)] = index
-            before = here
+        corners = [None if y is None else frame.dot(x, y, 2 * width, 4 * height) for x, y in points]
+        for across, down in _drawn(corners):
+            dots[down // 4][across // 2] |= BRAILLE[down % 4][across % 2]
+            owner[down // 4][across // 2] = index
+            if not sparse and across // 2 >= next_mark:
+                marks[(down // 4, across // 2)] = index
+                next_mark = across // 2 + 12
+        if sparse:
+            marks |= {(corner[1] // 4, corner[0] // 2): index for corner in corners if corner}
     if len(lines) < 2:
         marks = {}
     by_row: list[dict[int, int]] = [{} for _ in range(height)]
@@ -185,6 +179,23 @@ def _stretches(dots: list[int], owner: list[int], marks: dict[int, int]) -> list
         else:
             found.append((letter, who))
     return found
+
+
+def _drawn(corners: Sequence[tuple[int, int] | None]) -> Iterator[tuple[int, int]]:
+    """The dots of the line through `corners`, broken at None. Corners above one another are one upright stroke."""
+    at = low = high = -1
+    before: tuple[int, int] | None = None
+    for corner in [*corners, None]:
+        if before and corner and corner[0] == at:
+            low, high = min(low, corner[1]), max(high, corner[1])
+        else:
+            if before:
+                yield from ((at, down) for down in range(low, high + 1))
+            if before and corner:
+                yield from _line(before, corner)
+            if corner:
+                at, low, high = corner[0], corner[1], corner[1]
+        before = corner
 
 
 def _line(start: tuple[int, int], end: tuple[int, int]) -> list[tuple[int, int]]:

@@ -19,8 +19,8 @@ from textual.worker import get_current_worker
 from core.config import flatten
 from core.errors import FinetuiError
 from core.events import StageState
-from core.plan import TRAINING_STAGES
 from core.runs import Run
+from core.stages import TRAINING_STAGES
 from core.text import clean, duration, number
 from core.watch import GLYPHS
 from tui.charts import LINE_HUES, MARKS, STEP_PANELS, ZOOMS, Chart, Panel, View, over_time

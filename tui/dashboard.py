@@ -1,6 +1,7 @@
 """The dashboard: one run, live or past, as its log tells it. Leaving it never stops the run."""
 
 from dataclasses import dataclass, replace
+from threading import Event
 from typing import Any
 
 from textual import on, work
@@ -14,8 +15,8 @@ from textual.worker import get_current_worker
 
 from core import runner
 from core.events import RunState, StageState
-from core.plan import TRAINING_STAGES
 from core.runs import Run, request_stop
+from core.stages import TRAINING_STAGES
 from core.text import clean
 from core.watch import shown_result
 from tui.alerts import alerts
@@ -38,7 +39,7 @@ from tui.report import (
 from tui.widgets import Banner, StepBar, Words, status_words
 
 PERIOD_S = 1.0
-GIVE_WAY_S = 0.1
+GIVE_WAY_S = 1.0
 SHORT = {"learning rate": "rate", "gradient norm": "gradient", "utilisation": "use", "temperature": "heat"}
 
 
@@ -98,6 +99,7 @@ class DashboardScreen(RunRoom):
         self.run_shown = run
         self.place = run.name
         self.snapshot: Snapshot | None = None
+        self.painted = Event()
         self.chosen_stage: str | None = None
         self.log_screen: LogScreen | None = None
         self._log_tail: LogTail | None = None
@@ -122,18 +124,22 @@ class DashboardScreen(RunRoom):
 
     def on_mount(self) -> None:
         self.query_one("#scroll").focus()
+        self.call_after_refresh(self.painted.set)
         self.follow()
 
     def on_unmount(self) -> None:
+        self.painted.set()
         self.wake.set()
 
     @work(thread=True, group="follow", exit_on_error=False)
     def follow(self) -> None:
         """Tail the run's files and post one snapshot a second while something changes."""
         worker, follower = get_current_worker(), Follower(self.run_shown)
+        self.painted.wait(GIVE_WAY_S)  # a thread that reads makes the screen's first layout three times as long
+        self.painted.clear()
         if glance := follower.glance():
             self.post_message(self.Seen(glance))
-            self.wake.wait(GIVE_WAY_S)  # it is painted before the rest is read
+            self.painted.wait(GIVE_WAY_S)  # it is painted before the rest is read
         while not worker.is_cancelled:
             if snapshot := follower.read():
                 self.post_message(self.Seen(snapshot))
@@ -157,6 +163,7 @@ class DashboardScreen(RunRoom):
     def laid(self) -> None:
         if self.snapshot:
             self.paint_charts(self.shown_stage(self.snapshot.state), self.snapshot)
+            self.call_after_refresh(self.painted.set)
 
     @on(Logged)
     def logged(self, event: Logged) -> None:

@@ -16,8 +16,9 @@ from core.cli import flags_of
 from core.config import OPTIONS, Resolved, flatten, resolve, size_presets
 from core.errors import FinetuiError
 from core.paths import cache_dir, configs_dir
-from core.plan import Method, Option, Plan
+from core.plan import Option, Plan
 from core.sources import model_source
+from core.stages import Method
 
 SOURCE = "wizard"
 STEPS = ("Method", "Model", "Data", "Settings", "Review")

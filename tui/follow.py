@@ -19,6 +19,7 @@ MAX_POINTS = 600
 KEPT_POINTS = 4000
 LIVE = ("running", "stopping")
 GIB = 1 << 30
+BREATH_LINES, BREATH_S = 1000, 0.001
 BATCH_BYTES = 1_500_000
 FIGURE_TYPES = (int, float)
 DISK_EVERY_S = 15.0
@@ -261,6 +262,7 @@ class Follower:
                 tamed(event)
                 self._fold(event)
             _compacted(self._state)
+            time.sleep(BREATH_S)
         return seen
 
     def _fold(self, event: Event) -> None:
@@ -286,6 +288,8 @@ def sampled_events(path: Path) -> Iterator[Event]:
         size = os.fstat(stream.fileno()).st_size
         stride = size // LONG_LOG_BYTES
         for number, line in enumerate(stream if stride > 1 else ()):
+            if number % BREATH_LINES == 0:
+                time.sleep(BREATH_S)  # the interpreter's lock goes to the keyboard
             if number % stride == 0 or b'"log"' not in line[:80]:
                 if (event := parse_line(line)) is not None:
                     yield event

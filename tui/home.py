@@ -16,16 +16,17 @@ from textual.widgets import DataTable
 from textual.worker import get_current_worker
 
 from core import runner
+from core.errors import FinetuiError
 from core.notes import Note, write_note
 from core.paths import cache_dir
-from core.plan import TRAINING_STAGES
 from core.runs import Run, delete_run, request_stop
+from core.stages import TRAINING_STAGES
 from core.text import clean, duration
 from tui.charts import Chart, Panel
 from tui.dashboard import DashboardScreen
 from tui.dialogs import Ask, Ended, PathsScreen, RunRoom
 from tui.follow import LIVE, Follower, History, Snapshot, machine_words
-from tui.report import STAGE_NAMES, end_words, figures, paths_of, stage_words
+from tui.report import STAGE_NAMES, end_words, figures, paths_of, settings_words, stage_words
 from tui.rows import cells, count_words, greeting, searched, started
 from tui.widgets import Banner, Line, Words, status_words
 
@@ -95,6 +96,13 @@ class HomeScreen(RunRoom):
 
         snapshot: Snapshot
 
+    @dataclass
+    class Settled(Message):
+        """The settings of a run, in words."""
+
+        name: str
+        words: str
+
     def __init__(self, folder: Path, runs_flag: str = "") -> None:
         super().__init__()
         self.folder, self.runs_flag = folder, runs_flag
@@ -107,6 +115,7 @@ class HomeScreen(RunRoom):
         self.marked: list[str] = []
         self.sought = ""
         self._snapshot: Snapshot | None = None
+        self._settings: dict[str, str] = {}
         self._live: set[str] = set()
         self._limit, self._more = PAGE, False
 
@@ -165,6 +174,8 @@ class HomeScreen(RunRoom):
             self.wake.clear()
             import tui.wizard  # noqa: F401  once all is painted, so that the first key need not wait for it
 
+            if follower and follower.run.name not in self._settings:
+                self.post_message(self.Settled(follower.run.name, _settings(follower.run)))
             self._here.wait()
 
     def _say_place(self) -> None:
@@ -286,11 +297,19 @@ class HomeScreen(RunRoom):
         if trained:
             chart.show(Panel(f"{STAGE_NAMES[trained[-1].name]} loss", (("loss", trained[-1].series["loss"]),)))
             lines.append(Content(figures(trained[-1])))
+        if settings := self._settings.get(snapshot.run.name):
+            lines.append(Content.styled(settings, "$foreground-muted"))
         if snapshot.note.text:
             lines.append(Content.assemble(("note ", "$foreground-muted"), clean(snapshot.note.text, 300)))
         if end := end_words(snapshot):
             lines.append(end)
         self.query_one("#preview-facts", Words).say(Content("\n").join(lines))
+
+    @on(Settled)
+    def settled(self, event: Settled) -> None:
+        self._settings[event.name] = event.words
+        if self._snapshot and self._snapshot.run.name == event.name:
+            self.previewed(self.Previewed(self._snapshot))
 
     @on(DataTable.RowSelected)
     def row_selected(self, event: DataTable.RowSelected) -> None:
@@ -448,3 +467,11 @@ class HomeScreen(RunRoom):
                 "Delete it",
                 lambda: delete_run(run),
             )
+
+
+def _settings(run: Run) -> str:
+    """The settings of `run` in words; empty where its plan cannot be read."""
+    try:
+        return settings_words(run.plan())
+    except FinetuiError:
+        return ""

@@ -17,7 +17,7 @@ from core.backend import gpu_present
 from core.config import size_presets
 from core.errors import FinetuiError
 from core.paths import runs_dir
-from core.plan import METHODS
+from core.stages import METHODS
 from core.text import clean
 from tui.completion import PathLine
 from tui.draft import Checked, Draft
@@ -74,7 +74,7 @@ class Page(VerticalScroll, can_focus=False):
 
     def on_mount(self) -> None:
         if self.first:
-            self.query_one(self.first).focus()
+            self.screen.set_focus(self.query_one(self.first))  # before it is painted: no key may come in between
 
     def edited(self) -> None:
         self.post_message(self.Edited())
@@ -152,7 +152,7 @@ class ModelPage(Page):
             self.query_one("#card", Words).say(f"{clean(name, 60)}: {free:.1f} of {total:.1f} GiB free")
         size = self.draft.size or ("7b" if gpu_present() else "135m")
         table.move_cursor(row=list(size_presets()).index(size))
-        self.query_one("#own" if self.draft.model else "#sizes").focus()
+        self.screen.set_focus(self.query_one("#own" if self.draft.model else "#sizes"))
 
     def _cells(self, size: str, preset: dict[str, Any]) -> list[str]:
         stage, about = preset[self.draft.stages[-1]], preset["about"]
@@ -244,7 +244,7 @@ class DataPage(Page):
     def on_mount(self) -> None:
         for stage in self.draft.stages:
             self._lay_out(stage)
-        self.query(Choice).first().focus()
+        self.screen.set_focus(self.query(Choice).first())
 
     def _lay_out(self, stage: str) -> None:
         """Show the lines that the kind of rows needs, and ask for a look into them."""

@@ -4,16 +4,20 @@ import shlex
 import socket
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from textual.content import Content
 
 from core.events import RunState, StageState
-from core.plan import TRAINING_STAGES
+from core.stages import TRAINING_STAGES
 from core.text import clean, duration, number
 from core.watch import GLYPHS
 from tui.alerts import Alert
 from tui.follow import GIB, LIVE, Recording, Snapshot
 from tui.widgets import HUES, bar, status_words
+
+if TYPE_CHECKING:
+    from core.plan import Plan
 
 FIGURES = (
     ("eval_loss", "held-out loss", 4),
@@ -23,6 +27,7 @@ FIGURES = (
     ("grad_norm", "gradient", 3),
 )
 STAGE_NAMES = {"sft": "SFT", "kto": "KTO", "evaluate": "evaluate"}
+ALERT_SIGNS = {3: ("‼", "$text-error"), 2: ("!", "$text-warning"), 1: ("·", "$text-muted")}  # by weight
 
 
 def stage_state(stage: StageState, snapshot: Snapshot) -> str:
@@ -168,12 +173,27 @@ def paths_of(snapshot: Snapshot) -> list[tuple[str, str]]:
     return found
 
 
+def settings_words(plan: "Plan") -> str:
+    """The settings that matter, a line a stage and one for the model."""
+    lines = []
+    for name in plan.training_stages:
+        stage = plan.stage(name)
+        epochs = f"{number(stage.num_train_epochs)} epochs, steps"
+        length = f"{stage.max_steps} steps" if stage.max_steps > 0 else epochs
+        beta = f", β {number(plan.kto.beta)}" if name == "kto" else ""
+        rate = number(stage.learning_rate, 3)
+        lines.append(f"{STAGE_NAMES[name]} {length} of {stage.effective_batch}, rate {rate}{beta}")
+    bits = "4-bit" if plan.model.load_in_4bit else plan.model.dtype
+    lines.append(f"LoRA r {plan.lora.r}, alpha {plan.lora.alpha}, {bits}, {plan.model.name}")
+    return "\n".join(clean(line, 120) for line in lines)
+
+
 def alert_words(found: Sequence[Alert], limit: int = 4) -> Content:
     """Alerts with their advice, weightiest first."""
     lines = []
     for alert in found[:limit]:
-        hue = "$text-error" if alert.weight > 2 else "$text-warning"
-        head = ("‼ " if alert.weight > 2 else "! ") + alert.text
+        sign, hue = ALERT_SIGNS[alert.weight]
+        head = f"{sign} {alert.text}"
         lines.append(Content.assemble((head, f"bold {hue}"), f" {alert.advice}"))
     return Content("\n").join(lines)
 

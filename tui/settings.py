@@ -154,7 +154,7 @@ class SettingsPage(Page):
             yield Setting(option, self.draft.values.get(path, ""), plan)
 
     def on_mount(self) -> None:
-        self.query(Setting).first().query(".value").first().focus()
+        self.screen.set_focus(self.query(Setting).first().query(".value").first())
 
     @on(Collapsible.Expanded)
     async def unfold(self) -> None:

@@ -89,10 +89,19 @@ class Room(Screen[Result]):
     """A screen of the app: banner, body, keys. An unforeseen error of a worker becomes a sentence, not a traceback."""
 
     BINDINGS = [
-        Binding("tab", "app.focus_next", "Next field", show=False),
-        Binding("shift+tab", "app.focus_previous", "Field before", show=False),
+        # With priority, for what is typed right after Tab (a paste, a quick hand) goes where the focus is just then.
+        Binding("tab", "next_field", "Next field", show=False, priority=True),
+        Binding("shift+tab", "app.focus_previous", "Field before", show=False, priority=True),
     ]
     place = ""
+
+    async def action_next_field(self) -> None:
+        """To the next field; a line that completes does that first."""
+        complete = getattr(self.focused, "action_complete", None)
+        if complete:
+            await complete()
+        else:
+            self.app.action_focus_next()
 
     def compose(self) -> ComposeResult:
         yield Banner(self.place)

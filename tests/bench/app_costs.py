@@ -1,4 +1,7 @@
-"""What the app costs: a line a figure, with its goal. ``python tests/bench/app_costs.py``, on a quiet machine."""
+"""What the app costs: a line a figure, with its goal. ``python tests/bench/app_costs.py [PART …]``, on a quiet machine.
+
+Parts: attach history training watching paint.
+"""
 
 import asyncio
 import json
@@ -13,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -233,6 +236,32 @@ async def attach(folder: Path) -> None:
     figure("  memory (RSS) of this process afterwards", psutil.Process().memory_info().rss / 1e6, "MB", 100)
 
 
+async def real_training(folder: Path) -> None:
+    """The app watches the demo's SFT, on the cores that train it, from its start to its end."""
+    from core import runner
+    from core.backend import settle
+    from core.config import resolve
+    from core.paths import configs_dir
+    from core.runs import create_run
+
+    settings = {"sft.max_steps": (20, "bench"), "sft.logging_steps": (1, "bench"), "evaluate.enabled": (False, "bench")}
+    plan = settle(resolve("sft", configs_dir() / "demo.yaml", settings, gpu_present=False))
+    run = create_run(folder / "real", plan)
+    app = FinetuiApp(folder / "real")
+    async with app.run_test(size=(120, 40)) as pilot:
+        await pilot.pause()
+        screen = DashboardScreen(run)
+        await app.push_screen(screen)
+        await painted(screen)
+        with pauses() as seen:
+            await asyncio.to_thread(runner.start, run)
+            while not screen.snapshot or screen.snapshot.live or not screen.snapshot.state.end_status:
+                await asyncio.sleep(0.05)
+    if screen.snapshot.status != "done":
+        raise SystemExit(f"the training ended as {screen.snapshot.status}: {run.log_path}")
+    figure("longest pause of the event loop during a real training", 1000 * seen.longest, "ms", 100)
+
+
 async def empty_home(folder: Path) -> float:
     """Seconds from making the app to its greeting."""
     begun = time.perf_counter()
@@ -270,10 +299,15 @@ async def history(folder: Path) -> None:
 def main() -> None:
     with tempfile.TemporaryDirectory(prefix="finetui-bench-") as name:
         folder = Path(name)
-        asyncio.run(attach(folder))
-        asyncio.run(history(folder))
-        watching(folder / "watched")
-        first_paint(folder)
+        parts: dict[str, Callable[[], None]] = {
+            "attach": lambda: asyncio.run(attach(folder)),
+            "history": lambda: asyncio.run(history(folder)),
+            "training": lambda: asyncio.run(real_training(folder)),
+            "watching": lambda: watching(folder / "watched"),
+            "paint": lambda: first_paint(folder),
+        }
+        for part in sys.argv[1:] or parts:
+            parts[part]()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,7 @@
+"""The names of methods and training stages. Apart from the plan: what only reads runs need not load pydantic."""
+
+from typing import Literal, get_args
+
+Method = Literal["sft", "kto", "sft-kto"]
+METHODS: tuple[Method, ...] = get_args(Method)
+TRAINING_STAGES = ("sft", "kto")
