@@ -216,6 +216,9 @@ class Plan(Section):
         "auto", "auto: Unsloth with an NVIDIA GPU and Unsloth installed, else TRL and PEFT", flag="--backend"
     )
     device: Literal["auto", "cuda", "cpu"] = option("auto", "auto: the GPU if there is one", flag="--device")
+    memory_limit: float | None = option(
+        None, "GPU memory this run may take; default: what is free, less 0.5", flag="--memory-limit", unit="GiB", gt=0
+    )
     model: ModelPlan = Field(default_factory=ModelPlan, description="The model")
     lora: LoraPlan = Field(default_factory=LoraPlan, description="The adapter")
     sft: SFTPlan = Field(default_factory=SFTPlan, description="Stage SFT")

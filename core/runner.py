@@ -32,6 +32,8 @@ ON_END_ENV = "FINETUI_ON_END"
 """A shell command for the run's end. It travels in the environment alone, since it may hold a secret (a webhook's
 address): no file of the run has it, no trainer sees it, and a later `finetui resume` needs it set again."""
 EXIT_STOPPED = 75
+EXIT_REFIT = 76
+"""The trainer found that fewer rows fit at once, kept that with the run, and wants to be started again."""
 POLL_S = 0.2
 SAMPLE_S = 5.0
 ABORT_GRACE_S = 15.0
@@ -185,6 +187,9 @@ class Runner:
         )
         aborted = self._follow(child)
         code = child.returncode
+        if code == EXIT_REFIT and not aborted:
+            self.run.events.append("stage_end", index=index, name=stage, status="refit", exit=_exit_words(code))
+            return "stopped" if self.stop_asked() else self._stage(index, stage, base)
         status = "aborted" if aborted else "stopped" if code == EXIT_STOPPED else "failed"
         if code == 0 and not aborted:
             status = "done" if self.run.stage_done(stage) else "failed"

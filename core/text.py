@@ -49,6 +49,6 @@ def number(value: float | None, digits: int = 4) -> str:
         return "–"
     if value and (abs(value) < 10**-digits or abs(value) >= 1e6):
         return f"{value:.2e}"
-    return f"{value:.{digits}g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:.{digits}g}" if abs(value) < 10 ** min(digits, 3) else f"{value:,.0f}"
 
 

@@ -18,12 +18,14 @@ from datasets import Dataset
 from trl import KTOConfig, SFTConfig
 
 from core.errors import FinetuiError
+from core.fit import keep_batch, kept_batch, smaller_batches
 from core.plan import KTOPlan, Plan, SFTPlan, StagePlan
 from core.prepare import StageData, kto_weights, planned_steps, prepare
-from core.runner import EXIT_STOPPED
+from core.runner import EXIT_REFIT, EXIT_STOPPED
 from core.runs import Run, write_manifest
 from core.sources import ModelSource, model_source
 from core.train_events import EventCallback, Reporter, Stopped
+from core.train_fit import FitCallback, Refit, cap_memory, out_of_memory
 from core.train_kto import kto_trainer_class, sft_trainer_class
 from core.train_model import Loaded, adapter_kept, load_model
 
@@ -44,15 +46,35 @@ def main() -> int:
     except Stopped:
         return EXIT_STOPPED
     except BaseException as error:
+        if (isinstance(error, Refit) or out_of_memory(error)) and refitted(run, stage, error, reporter):
+            return EXIT_REFIT
         reporter.failure(error)
         logging.getLogger(__name__).exception("the stage failed")
         return 1
 
 
+def refitted(run: Run, name: str, error: BaseException, reporter: Reporter) -> bool:
+    """Keep a smaller micro-batch with the run, which answers an error of memory; False where there is none smaller."""
+    folder = run.stage_path(name)
+    stage = kept_batch(folder, run.plan().stage(name))
+    sizes = smaller_batches(stage)
+    if isinstance(error, Refit):
+        size, why = error.size, "The longest rows would not fit"
+    elif sizes:
+        size, why = next((size for size in sizes if size <= stage.batch_size // 2), sizes[-1]), "GPU memory ran out"
+    else:
+        return False
+    keep_batch(folder, size)
+    batch = f"{size} rows at once, {stage.effective_batch // size} times a step"
+    reporter.notice(f"{why}: from here on {batch}. The step keeps its {stage.effective_batch} rows.", "warning")
+    return True
+
+
 def train_stage(run: Run, plan: Plan, name: str, base: str, reporter: Reporter) -> bool:
     """Train one stage and save its model. Returns True when it was stopped before its last step."""
-    stage = plan.stage(name)
     folder = run.stage_path(name)
+    stage = kept_batch(folder, plan.stage(name))
+    cap = cap_memory(plan, reporter)
     with reporter.phase("load", plan.model.name):
         source = model_source(plan.model, reporter.detail)
         if base:
@@ -68,6 +90,8 @@ def train_stage(run: Run, plan: Plan, name: str, base: str, reporter: Reporter) 
     with reporter.phase("prepare"), adapter_kept(loaded.model):
         trainer = build(plan, stage, loaded, data, folder, reporter)  # type: ignore[arg-type]
         _drop_incomplete(folder, keep=checkpoint)
+    if cap and not checkpoint:
+        trainer.add_callback(FitCallback(trainer, stage, cap, reporter))
     steps = planned_steps(stage, name, len(data.training.examples))
     trainable = sum(parameter.numel() for parameter in loaded.model.parameters() if parameter.requires_grad)
     reporter.event(

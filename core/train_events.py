@@ -68,7 +68,7 @@ class Reporter:
         if isinstance(error, FinetuiError):
             message, advice = error.message, error.advice
         elif isinstance(error, torch.cuda.OutOfMemoryError):
-            advice = f"Lower {self.stage}.batch_size or {self.stage}.max_length, or turn gradient checkpointing on."
+            advice = f"Lower {self.stage}.max_length or lora.r, or turn on gradient checkpointing."
         elif isinstance(error, OSError) and error.errno == 28:
             advice = "The disk is full: free some space, then `finetui resume`."
         self.event(

@@ -1,7 +1,8 @@
-"""Fixtures: the demo model, a tiny model that trains in seconds, real runs in temporary folders."""
+"""Fixtures: models, rows, real runs in temporary folders, a machine without a card, commands that are refused."""
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,11 +16,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from core import runner
 from core.backend import gpu_present, settle
-from core.config import resolve
+from core.cli import main
+from core.config import Resolved, resolve
+from core.gpu import GpuReport
 from core.paths import cache_dir
 from core.runs import Run, create_run, is_alive
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+USER = {"role": "user", "content": "Set a timer for 5 minutes"}
+CALL = 'tool_call: set_timer\narguments: {"minutes": 5}'
+ANSWER = {"role": "assistant", "content": CALL}
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +36,31 @@ def quiet_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FINETUI_CACHE", str(cache_dir()))
     for name in ("HF_TOKEN", "WANDB_API_KEY"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every machine looks like one without a card."""
+    monkeypatch.setattr("core.gpu.gpus", lambda pids=(): [])
+
+
+@pytest.fixture
+def own_cache_and_no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, no_gpu: None) -> None:
+    """Drafts and recent files go into the test's own cache; to the app, too, every machine is one without a card."""
+    monkeypatch.setenv("FINETUI_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("tui.follow.gpu_report", lambda: GpuReport())
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Where `FINETUI_RUNS` points; nothing is there yet."""
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def folder_made(folder: Path) -> None:
+    """Makes the folder of runs, empty."""
+    folder.mkdir()
 
 
 @pytest.fixture(scope="session")
@@ -87,8 +118,11 @@ def tokenizer(demo_model_dir: Path) -> Any:
     return AutoTokenizer.from_pretrained(demo_model_dir)
 
 
+WriteRows = Callable[..., Path]
+
+
 @pytest.fixture
-def rows_file(tmp_path: Path) -> Callable[..., Path]:
+def rows_file(tmp_path: Path) -> WriteRows:
     """Writes rows as JSONL and returns the path; without rows, forty labelled tool calls over ten prompts."""
 
     def write(rows: list[Any] | None = None, name: str = "rows.jsonl") -> Path:
@@ -97,6 +131,29 @@ def rows_file(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+WriteFile = Callable[..., Path]
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> WriteFile:
+    """Writes text, bytes, or a list of rows as JSONL."""
+
+    def write(content: str | bytes | list[Any], name: str = "rows.jsonl") -> Path:
+        if isinstance(content, list):
+            content = "".join(f"{json.dumps(row)}\n" for row in content)
+        path = tmp_path / name
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return path
+
+    return write
+
+
+def good(prompt: str = "Hi", label: bool | None = None, answer: str = "Hello!") -> dict[str, Any]:
+    """A usable row; without a label it has no such key."""
+    row = {"conversations": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]}
+    return row if label is None else row | {"label": label}
 
 
 def default_rows() -> list[dict[str, Any]]:
@@ -115,6 +172,21 @@ def default_rows() -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def plan(**settings: Any) -> Resolved:
+    """A plan of SFT; a keyword `model__name="x"` sets a key."""
+    values = {key.replace("__", "."): (value, "test") for key, value in settings.items()}
+    return resolve("sft", None, values, gpu_present=False)
+
+
+MakeNamed = Callable[..., Run]
+
+
+@pytest.fixture
+def named(folder: Path) -> MakeNamed:
+    """Makes a run of SFT with a name that has not been started."""
+    return lambda name="one", **more: create_run(folder, plan(name=name, **more))
 
 
 MakeRun = Callable[..., Run]
@@ -169,3 +241,40 @@ def finish(run: Run, limit_s: float = 180) -> str:
 def losses(run: Run, stage: str) -> dict[int, float]:
     """Loss by step."""
     return {step: value for step, value in run.state().stage(stage).series["loss"] if value is not None}
+
+
+class Refused:
+    """Runs a command that must be refused, and holds what it said."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+        self.capsys, self.folder = capsys, folder
+
+    def __call__(self, *words: object, code: int = 2) -> str:
+        before = sorted(self.folder.rglob("*")) if self.folder.exists() else None
+        assert main([str(word) for word in words]) == code
+        out, err = self.capsys.readouterr()
+        assert out == "", "a refusal says nothing on standard output"
+        lines = err.splitlines()
+        assert len(lines) in (1, 2) and lines[0].startswith("finetui: ") and lines[0].endswith(".")
+        assert all(line.startswith("  ") and line.strip() for line in lines[1:]), "the second line is advice"
+        assert not re.search("Traceback|Error\\b", err) and "\x1b" not in err
+        assert (sorted(self.folder.rglob("*")) if self.folder.exists() else None) == before, "something was written"
+        return err
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str], folder: Path) -> Refused:
+    return Refused(capsys, folder)
+
+
+@pytest.fixture
+def said(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a command that must succeed and returns its standard output."""
+
+    def run(*words: object, code: int = 0) -> str:
+        assert main([str(word) for word in words]) == code
+        out, err = capsys.readouterr()
+        assert err == ""
+        return out
+
+    return run

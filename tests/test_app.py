@@ -1,93 +1,31 @@
 """The app, driven by its keys: newcomer's path, draft, wrong values, hostile text, dashboards of recorded runs."""
 
-import html
 import json
 import os
-import re
-import shutil
 import subprocess
 import sys
-from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from textual.pilot import Pilot
+from pilots import CONTROLS, HOSTILE, frame, recorded, shows, until
 
 from core import commands
 from core.backend import settle
 from core.cli import build_parser
 from core.config import resolve
-from core.gpu import GpuReport
 from core.paths import configs_dir
 from core.runs import Run, is_alive, take_lock
 from tui.app import FinetuiApp
-from tui.dashboard import DashboardScreen, now_words, side_words
+from tui.dashboard import DashboardScreen
 from tui.dialogs import Ask, Confirm, HelpScreen, LogScreen
 from tui.draft import Draft, RowsDraft, checked, command_line, draft_path, load_draft, save_draft
-from tui.follow import Follower, History, LogTail, thinned
-from tui.home import HomeScreen, cells
+from tui.home import HomeScreen
 from tui.settings import Setting
 from tui.widgets import Choice
 from tui.wizard import WizardScreen
 
-RECORDED = Path(__file__).parent / "runs"
-HOSTILE = "a\x1b[2J\x1b]52;c;ZXZpbA==\x07\x9b31m [/x] [INST] [red]b \u202egnp.exe\u2066 \x08\x7f\tend"
-CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u202a-\u202e\u2066-\u2069]")
-
-
-@pytest.fixture(autouse=True)
-def own_cache_and_no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Drafts go into the test's own cache; every machine looks like one without a card."""
-    monkeypatch.setenv("FINETUI_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("core.gpu.gpus", lambda pids=(): [])
-    monkeypatch.setattr("tui.follow.gpu_report", lambda: GpuReport())
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    found = tmp_path / "runs"
-    found.mkdir()
-    return found
-
-
-def recorded(folder: Path, log: str, name: str = "") -> Run:
-    """A run directory made from a recorded log."""
-    run = Run(folder / (name or log))
-    run.path.mkdir()
-    shutil.copy(RECORDED / f"{log}.jsonl", run.events_path)
-    run.plan_path.write_text("method: sft\n")
-    return run
-
-
-def frame(app: FinetuiApp) -> str:
-    """What the screen shows, as lines of text."""
-    lines: dict[float, str] = defaultdict(str)
-    cells = r'<text [^>]*?x="([\d.]+)" y="([\d.]+)"[^>]*clip-path[^>]*>([^<]*)</text>'
-    for x, y, text in re.findall(cells, app.export_screenshot()):
-        row = lines[float(y)]
-        lines[float(y)] = row.ljust(round(float(x) / 12.2)) + html.unescape(text).replace("\xa0", " ")
-    return "\n".join(line.rstrip() for _, line in sorted(lines.items()))
-
-
-async def until(pilot: Pilot[Any], condition: Callable[[], Any], limit: int = 500) -> Any:
-    """Let the app work until `condition` holds."""
-    for _ in range(limit):
-        if found := condition():
-            return found
-        await pilot.pause(0.02)
-    raise AssertionError(f"the screen is {type(pilot.app.screen).__name__}:\n{frame(pilot.app)}")  # type: ignore[arg-type]
-
-
-async def shows(pilot: Pilot[Any], *words: str) -> str:
-    """Wait until the screen shows all of `words`."""
-
-    def seen() -> str:
-        text = frame(pilot.app)  # type: ignore[arg-type]
-        return text if all(word in text for word in words) else ""
-
-    return await until(pilot, seen)
+pytestmark = pytest.mark.usefixtures("own_cache_and_no_gpu", "folder_made")
 
 
 def demo_fingerprint() -> str:
@@ -445,55 +383,6 @@ def test_every_problem_of_a_draft_is_found_at_once() -> None:
     assert set(checked(no_file).problems) == {"sft.data.file"}
 
 
-def test_a_long_series_is_thinned_without_losing_spikes_or_gaps() -> None:
-    points: list[tuple[int, float | None]] = [(step, 1.0) for step in range(100_000)]
-    points[70_000], points[80_000] = (70_000, 50.0), (80_000, None)
-    thin = thinned(points)
-    assert len(thin) <= 600 and thin[-1] == points[-1]
-    assert (70_000, 50.0) in thin and (80_000, None) in thin
-    assert [step for step, _ in thin] == sorted(step for step, _ in thin)
-
-
-def test_a_snapshot_is_not_changed_by_later_events(folder: Path) -> None:
-    run = recorded(folder, "stopped")
-    follower = Follower(run)
-    first = follower.read()
-    assert first and follower.read() is None
-    run.events.append("log", stage="sft", step=70, loss=0.1)
-    second = follower.read()
-    assert second and (first.state.stages[0].step, second.state.stages[0].step) == (65, 70)
-    assert len(second.state.stages[0].series["loss"]) == len(first.state.stages[0].series["loss"]) + 1
-
-
-def test_the_history_reads_again_only_what_changed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("a", "b"):
-        recorded(folder, "stopped", name)
-    read: list[str] = []
-    from core.runs import summary
-
-    def counted(run: Run) -> dict[str, Any]:
-        read.append(run.name)
-        return summary(run)
-
-    monkeypatch.setattr("tui.follow.summary", counted)
-    history = History(folder)
-    assert {row["status"] for row in history.read()} == {"stopped"}
-    Run(folder / "b").events.append("run_end", status="done")
-    history.read()
-    assert sorted(read) == ["a", "b", "b"]
-
-
-def test_a_log_is_followed_line_by_line(tmp_path: Path) -> None:
-    path = tmp_path / "train.log"
-    tail = LogTail(path)
-    assert tail.read() == []
-    path.write_bytes(b"one\n10%\r20%\rdone\nhalf")
-    assert tail.read() == ["one", "done"]
-    with path.open("ab") as stream:
-        stream.write(b" line\n\xff\n")
-    assert tail.read() == ["half line", "\ufffd"]
-
-
 def test_the_app_imports_no_training_stack() -> None:
     code = (
         "import sys, tui.app\n"
@@ -509,23 +398,3 @@ def test_without_a_terminal_the_app_refuses_with_a_hint() -> None:
     )
     assert found.returncode == 2
     assert "needs a terminal" in found.stderr and "finetui --help" in found.stderr
-
-
-def test_impossible_figures_in_a_log_are_passed_over(folder: Path) -> None:
-    run = Run(folder / "figures")
-    run.path.mkdir()
-    run.plan_path.write_text("method: sft\n")
-    run.events_path.write_text(
-        '{"t":1e999,"kind":"created","stages":["sft"]}\n{"t":NaN,"kind":"run_start"}\n'
-        '{"t":-5,"kind":"stage_start","name":"sft"}\n{"t":1,"kind":"phase","stage":"sft","name":"load","seconds":Infinity}\n'
-        '{"t":2,"kind":"log","stage":"sft","step":1,"loss":NaN}\n{"t":3,"kind":"log","stage":"sft","step":2,"loss":1e999}\n'
-        f'{{"t":4,"kind":"log","stage":"sft","step":3,"loss":{"9" * 400}}}\n'
-        '{"t":5,"kind":"gpu","gpus":[{"memory_used_bytes":"x","memory_total_bytes":0}, 3]}\n'
-        '{"t":6,"kind":"run_end","status":"done"}\n'
-    )
-    row = History(folder).read()[0]
-    assert row["loss"] is None and cells(row, {})
-    snapshot = Follower(run).read()
-    assert snapshot and snapshot.status == "done" and snapshot.memory == "GPU 0: no figures"
-    assert [value for _, value in snapshot.state.stages[0].series["loss"]] == [None, None, None]
-    assert now_words(snapshot, 80) and side_words(snapshot)

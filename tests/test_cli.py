@@ -12,14 +12,12 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import wait_until
+from conftest import Refused, WriteRows, plan, wait_until
 
 from core.cli import main
-from core.config import Resolved, resolve
 from core.errors import FinetuiError
-from core.runs import Run, create_run, list_runs, take_lock, write_manifest
 
-WriteRows = Callable[..., Path]
+pytestmark = pytest.mark.usefixtures("no_gpu")
 COMMANDS = ["sft", "kto", "sft-kto", "demo", "plan", "runs", "show", "watch", "stop", "abort", "resume", "delete",
             "check", "doctor"]  # fmt: skip
 FLAGS = ["--model-size", "--model-name", "--max-seq-length", "--local-file", "--dataset-name", "--dataset-file",
@@ -29,65 +27,12 @@ FLAGS = ["--model-size", "--model-name", "--max-seq-length", "--local-file", "--
 KTO_FLAGS = ["--beta", "--two-stage-lr", "--lr-reduction-step", "--lr-reduction-factor", "--kto-values"]
 
 
-@pytest.fixture(autouse=True)
-def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every machine looks like one without a card."""
-    monkeypatch.setattr("core.gpu.gpus", lambda pids=(): [])
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Where `FINETUI_RUNS` points; nothing is there yet."""
-    return tmp_path / "runs"
-
-
-class Refused:
-    """Runs a command that must be refused, and holds what it said."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str], folder: Path) -> None:
-        self.capsys, self.folder = capsys, folder
-
-    def __call__(self, *words: object, code: int = 2) -> str:
-        before = sorted(self.folder.rglob("*")) if self.folder.exists() else None
-        assert main([str(word) for word in words]) == code
-        out, err = self.capsys.readouterr()
-        assert out == "", "a refusal says nothing on standard output"
-        lines = err.splitlines()
-        assert len(lines) in (1, 2) and lines[0].startswith("finetui: ") and lines[0].endswith(".")
-        assert all(line.startswith("  ") and line.strip() for line in lines[1:]), "the second line is advice"
-        assert not re.search("Traceback|Error\\b", err) and "\x1b" not in err
-        assert (sorted(self.folder.rglob("*")) if self.folder.exists() else None) == before, "something was written"
-        return err
-
-
-@pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str], folder: Path) -> Refused:
-    return Refused(capsys, folder)
-
-
-@pytest.fixture
-def said(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs a command that must succeed and returns its standard output."""
-
-    def run(*words: object, code: int = 0) -> str:
-        assert main([str(word) for word in words]) == code
-        out, err = capsys.readouterr()
-        assert err == ""
-        return out
-
-    return run
-
-
 def finetui(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own, with no terminal."""
     return subprocess.run(
         [sys.executable, "-P", "-m", "core.cli", *words], env={**os.environ, **environment}, stdin=subprocess.DEVNULL,
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
-
-
-def plan(**flags: Any) -> Resolved:
-    return resolve("sft", None, {key: (value, "test") for key, value in flags.items()}, gpu_present=False)
 
 
 # --- bad input ---
@@ -204,28 +149,6 @@ def test_a_four_bit_model_or_a_gpu_that_is_not_there_ends_with_exit_code_3(refus
     assert "Unsloth needs an NVIDIA GPU" in refused("sft", "--backend", "unsloth", code=3)
 
 
-def test_two_runs_on_one_name_are_refused(refused: Refused, folder: Path, rows_file: WriteRows) -> None:
-    run = create_run(folder, plan(name="mine"))
-    assert "There is a run named mine already" in refused(
-        "sft", "--local-file", rows_file(), "--name", "mine", "--detach"
-    )
-    output = folder / "mine"
-    assert "There is a run named mine already" in refused("sft", "--output-dir", output, "--detach")
-    assert not run.log_path.exists()
-
-
-def test_a_folder_of_runs_that_cannot_be_made_is_refused(refused: Refused, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("x")
-    for place in (tmp_path / "file", tmp_path / "file" / "below"):
-        assert "No run can be made in" in refused("sft", "--runs-dir", place, "--detach")
-    assert "No run can be made in" in refused("sft", "--output-dir", tmp_path / "file" / "run", "--detach")
-
-
-@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a file system that takes no folders")
-def test_a_read_only_place_is_refused(refused: Refused) -> None:
-    assert "No run can be made in /proc/none" in refused("sft", "--runs-dir", "/proc/none", "--detach")
-
-
 def test_a_limit_that_truncates_everything_is_found_by_the_dry_run(rows_file: WriteRows, demo_model_dir: Path) -> None:
     from core.train_dry import dry_run
 
@@ -246,17 +169,6 @@ def test_what_the_dry_run_finds_is_said_as_any_other_refusal(
     monkeypatch.setattr(sys, "executable", str(recorder))
     message = refused("sft", "--local-file", rows_file(), "--dry-run", code=3)
     assert message == "finetui: No row is left.\n  Raise max_length.\n"
-
-
-def test_a_run_that_does_not_exist_or_is_not_unique_is_refused_by_every_command(refused: Refused, folder: Path) -> None:
-    create_run(folder, plan(name="one-1"))
-    create_run(folder, plan(name="one-2"))
-    for command in ("show", "watch", "stop", "abort", "resume", "delete"):
-        assert "There is no run 'two'" in refused(command, "two")
-        assert "fits 2 runs" in refused(command, "one")
-    for command in ("stop", "abort"):
-        assert "is not running" in refused(command, "one-1")
-    assert "needs a yes" in refused("delete", "one-1")
 
 
 # --- what is printed ---
@@ -390,84 +302,6 @@ def test_json_output_holds_any_text(said: Callable[..., str], tmp_path: Path) ->
     path = tmp_path / "rows.jsonl"
     path.write_text(ONE + '{"\\ud800\\u2028": 1}\n')
     assert json.loads(said("check", path, "--method", "sft", "--json"))["left_out"][0]["line"] == 2
-
-
-def test_an_empty_history_says_where_it_looked(said: Callable[..., str], folder: Path) -> None:
-    assert f"No runs in {folder}" in said("runs").replace("\n", "")
-    assert json.loads(said("runs", "--json")) == []
-    assert not folder.exists()
-
-
-@pytest.fixture
-def ended(folder: Path) -> Run:
-    """A run whose log tells a whole SFT; its last event is left to the test."""
-    run = create_run(folder, plan(name="ended", note="\x1b[31mred"))
-    append = run.events.append
-    append("run_start", pid=1)
-    append("stage_start", name="sft", base="base \x1b]0;title\x07")
-    append("totals", stage="sft", steps=2, examples=8, rows=9, left_out=1, tokens=1000, trained_tokens=10, batch=4,
-           left_out_reasons={"no assistant turn": 1})  # fmt: skip
-    append("log", stage="sft", step=1, loss=float("nan"), epoch=0.5)
-    append("log", stage="sft", step=2, loss=1.25, epoch=1.0, tokens_per_s=150.0)
-    append("checkpoint", stage="sft", step=2)
-    append("notice", stage="sft", level="warning", text="[/x] [INST] \u202e")
-    append("stage_end", name="sft", status="done", output="sft/final_model")
-    append(
-        "result",
-        stage="evaluate",
-        prompts=4,
-        table={"base": {"format": {"hits": 1, "total": 4, "low": 0.0, "high": 0.7}}},
-    )
-    return run
-
-
-@pytest.mark.parametrize(
-    ("status", "code"), [("done", 0), ("stopped", 0), ("failed", 1), ("aborted", 1), ("crashed", 1)]
-)
-def test_a_run_is_listed_shown_and_watched_to_its_end(
-    said: Callable[..., str], ended: Run, status: str, code: int
-) -> None:
-    if status != "crashed":
-        ended.events.append("run_end", status=status)
-    row = json.loads(said("runs", "--json"))[0]
-    assert (row["name"], row["status"], row["loss"], row["step"]) == ("ended", status, 1.25, 2)
-    found = json.loads(said("show", "last", "--json"))
-    assert (found["status"], found["stages"][0]["checkpoints"], found["nonfinite"]) == (status, [2], 1)
-    assert found["path"] == str(ended.path) and found["result"]["prompts"] == 4
-    events = [json.loads(line) for line in said("watch", "ended", "--json", code=code).splitlines()]
-    assert events == [json.loads(line) for line in ended.events_path.read_text().splitlines()]
-    for command, expected in (("runs", 0), ("show", 0), ("watch", code)):
-        shown = said(*([command] if command == "runs" else [command, "end"]), code=expected)
-        assert status in shown and not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", shown), command
-    assert "[/x] [INST]" in said("show", "end")
-    assert "25 % [" in said("show", "end")
-
-
-def test_a_done_run_is_not_resumed(refused: Refused, ended: Run) -> None:
-    ended.final_model("sft").mkdir(parents=True)
-    (ended.final_model("sft") / "adapter").write_text("x")
-    write_manifest(ended.final_model("sft"))
-    ended.events.append("run_end", status="done")
-    assert "nothing is left to resume" in refused("resume", "ended")
-
-
-def test_a_run_is_deleted_on_yes_and_never_while_it_lives(
-    refused: Refused, said: Callable[..., str], ended: Run, folder: Path
-) -> None:
-    handle = take_lock(ended)
-    assert "is running already" in refused("delete", "ended", "--yes")
-    assert "is running already" in refused("resume", "ended")
-    os.close(handle)
-    assert said("delete", "ended", "--yes") == "ended is deleted.\n"
-    assert list_runs(folder) == []
-
-
-def test_a_run_with_a_damaged_plan_is_shown_and_not_resumed(
-    refused: Refused, said: Callable[..., str], ended: Run
-) -> None:
-    ended.plan_path.write_text("sft: [\n")
-    assert "ended" in said("show", "ended")
-    assert "is not valid YAML" in refused("resume", "ended")
 
 
 # --- secrets ---

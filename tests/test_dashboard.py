@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_app import CONTROLS, HOSTILE, folder, frame, own_cache_and_no_gpu, recorded, shows, until  # noqa: F401
+from pilots import CONTROLS, HOSTILE, RECORDED, frame, recorded, shows, until
 
 from core.events import RunState, StageState
 from core.runs import Run, take_lock
@@ -21,7 +21,7 @@ from tui.follow import GIB, Follower, Recording, Snapshot, recording
 from tui.report import alert_words, energy_words, next_words, now_words, rsync_line
 from tui.wizard import WizardScreen
 
-RECORDED = Path(__file__).parent / "runs"
+pytestmark = pytest.mark.usefixtures("own_cache_and_no_gpu", "folder_made")
 
 
 def text_of(rows: list[list[tuple[str, int]]]) -> list[str]:
@@ -73,7 +73,7 @@ def test_every_metric_has_its_panel() -> None:
     assert panels("", {}, {})[0].lines == (("loss", ()),)
 
 
-def test_steps_become_seconds_of_training(folder: Path) -> None:  # noqa: F811
+def test_steps_become_seconds_of_training(folder: Path) -> None:
     snapshot = Follower(recorded(folder, "done")).read()
     assert snapshot
     clock = snapshot.clocks["sft"]
@@ -157,7 +157,7 @@ def _card(t: float, **figures: float) -> dict[str, Any]:
     return {"t": t, "kind": "gpu", "gpus": [{"index": 0, **figures}]}
 
 
-def test_energy_is_counted_while_the_run_runs_only(folder: Path) -> None:  # noqa: F811
+def test_energy_is_counted_while_the_run_runs_only(folder: Path) -> None:
     run = Run(folder / "e")
     run.path.mkdir()
     lines: list[dict[str, Any]] = [{"t": 1000, "kind": "run_start"}]
@@ -171,7 +171,7 @@ def test_energy_is_counted_while_the_run_runs_only(folder: Path) -> None:  # noq
     assert energy_words(None) == "" and energy_words(9e6) == "2.50 kWh"
 
 
-def test_the_end_is_told_as_a_time_on_the_clock(folder: Path) -> None:  # noqa: F811
+def test_the_end_is_told_as_a_time_on_the_clock(folder: Path) -> None:
     run = recorded(folder, "torn")
     lock = take_lock(run)
     snapshot = Follower(run).read()
@@ -179,7 +179,7 @@ def test_the_end_is_told_as_a_time_on_the_clock(folder: Path) -> None:  # noqa: 
     os.close(lock)
 
 
-def test_a_done_run_says_how_to_fetch_its_model(folder: Path) -> None:  # noqa: F811
+def test_a_done_run_says_how_to_fetch_its_model(folder: Path) -> None:
     snapshot = Follower(recorded(folder, "done", "my runs [1]")).read()
     assert snapshot
     assert rsync_line(snapshot, "/a b/c") == "rsync -av 'vm:/a b/c' ."
@@ -193,7 +193,7 @@ def test_notifications_hold_only_our_own_text() -> None:
     assert end_message("sft-7b", "\x1b[31m") == "finetui: sft-7b is over"
 
 
-async def test_the_end_of_a_watched_run_rings_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+async def test_the_end_of_a_watched_run_rings_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = recorded(folder, "torn")
     lock = take_lock(run)
     monkeypatch.delenv("TMUX", raising=False)
@@ -217,7 +217,7 @@ async def test_the_end_of_a_watched_run_rings_once(folder: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize(("size", "charts"), [((80, 24), 1), ((120, 40), 4), ((200, 60), 6)])
-async def test_as_many_charts_as_there_is_room_for(folder: Path, size: tuple[int, int], charts: int) -> None:  # noqa: F811
+async def test_as_many_charts_as_there_is_room_for(folder: Path, size: tuple[int, int], charts: int) -> None:
     run = recorded(folder, "torn")
     lock = take_lock(run)
     app = FinetuiApp(folder, run)
@@ -229,7 +229,7 @@ async def test_as_many_charts_as_there_is_room_for(folder: Path, size: tuple[int
     os.close(lock)
 
 
-async def test_keys_choose_the_curves_and_how_they_are_seen(folder: Path) -> None:  # noqa: F811
+async def test_keys_choose_the_curves_and_how_they_are_seen(folder: Path) -> None:
     app = FinetuiApp(folder, recorded(folder, "torn"))
     async with app.run_test(size=(80, 24)) as pilot:
         await shows(pilot, "KTO loss")
@@ -243,7 +243,7 @@ async def test_keys_choose_the_curves_and_how_they_are_seen(folder: Path) -> Non
         await until(pilot, lambda: app.screen.view == View())  # type: ignore[attr-defined]
 
 
-async def test_a_recorded_log_is_watched_without_a_run(folder: Path, tmp_path: Path) -> None:  # noqa: F811
+async def test_a_recorded_log_is_watched_without_a_run(folder: Path, tmp_path: Path) -> None:
     log = tmp_path / "elsewhere.jsonl"
     log.write_bytes((RECORDED / "nan.jsonl").read_bytes())
     found = recording(log)
@@ -260,7 +260,7 @@ async def test_a_recorded_log_is_watched_without_a_run(folder: Path, tmp_path: P
 @pytest.mark.parametrize("size", [(80, 24), (120, 40), (200, 60)])
 @pytest.mark.parametrize("log", sorted(path.stem for path in RECORDED.glob("*.jsonl")))
 async def test_every_view_of_every_recorded_log_at_every_size(
-    folder: Path,  # noqa: F811
+    folder: Path,
     log: str,
     size: tuple[int, int],
 ) -> None:
@@ -272,7 +272,7 @@ async def test_every_view_of_every_recorded_log_at_every_size(
         assert isinstance(app.screen, DashboardScreen)
 
 
-async def test_paths_are_shown_and_copied(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+async def test_paths_are_shown_and_copied(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     app = FinetuiApp(folder, recorded(folder, "done"))
     written: list[str] = []
     async with app.run_test(size=(120, 40)) as pilot:
@@ -288,7 +288,7 @@ async def test_paths_are_shown_and_copied(folder: Path, monkeypatch: pytest.Monk
     assert copied == [str(folder / "done/kto/final_model"), str(folder / "done")]
 
 
-async def test_kto_after_sft_opens_the_wizard_with_this_run(folder: Path) -> None:  # noqa: F811
+async def test_kto_after_sft_opens_the_wizard_with_this_run(folder: Path) -> None:
     run = recorded(folder, "stopped", "my-sft")
     run.events.append("stage_end", name="sft", status="done", output="sft/final_model")
     run.events.append("run_end", status="done")
@@ -301,7 +301,7 @@ async def test_kto_after_sft_opens_the_wizard_with_this_run(folder: Path) -> Non
         assert (draft.method, draft.model) == ("kto", "run:my-sft")
 
 
-async def test_a_curve_with_foreign_names_is_harmless(folder: Path) -> None:  # noqa: F811
+async def test_a_curve_with_foreign_names_is_harmless(folder: Path) -> None:
     run = Run(folder / "evil")
     run.path.mkdir()
     run.plan_path.write_text("method: sft\n")
@@ -315,7 +315,7 @@ async def test_a_curve_with_foreign_names_is_harmless(folder: Path) -> None:  # 
         assert CONTROLS.findall(text.replace("\n", "")) == []
 
 
-async def test_a_long_log_is_drawn_before_it_is_read_whole(folder: Path) -> None:  # noqa: F811
+async def test_a_long_log_is_drawn_before_it_is_read_whole(folder: Path) -> None:
     run = recorded(folder, "stopped", "long")
     filler = {"t": 1795416500, "kind": "log", "stage": "sft", "loss": 0.5, "grad_norm": 0.7, "learning_rate": 1e-4}
     with run.events_path.open("a") as stream:
@@ -328,7 +328,7 @@ async def test_a_long_log_is_drawn_before_it_is_read_whole(folder: Path) -> None
     assert Follower(recorded(folder, "done")).glance() is None
 
 
-async def test_every_action_is_in_the_palette(folder: Path) -> None:  # noqa: F811
+async def test_every_action_is_in_the_palette(folder: Path) -> None:
     app = FinetuiApp(folder, recorded(folder, "done"))
     async with app.run_test(size=(120, 40)) as pilot:
         await shows(pilot, "KTO loss")
@@ -343,7 +343,7 @@ async def test_every_action_is_in_the_palette(folder: Path) -> None:  # noqa: F8
         await until(pilot, lambda: isinstance(app.screen, DashboardScreen) and app.screen.view.log)
 
 
-async def test_a_theme_is_kept_and_no_colour_is_respected(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+async def test_a_theme_is_kept_and_no_colour_is_respected(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     app = FinetuiApp(folder)
     async with app.run_test(size=(80, 24)) as pilot:
         await shows(pilot, "Welcome")

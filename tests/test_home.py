@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from conftest import wait_until
-from test_app import CONTROLS, HOSTILE, folder, frame, own_cache_and_no_gpu, recorded, shows, until  # noqa: F401
+from pilots import CONTROLS, HOSTILE, RECORDED, frame, recorded, shows, until
 
 from core import runner
 from core.backend import settle
@@ -26,8 +26,10 @@ from tui.follow import History, machine_words
 from tui.home import PAGE, HomeScreen
 from tui.wizard import WizardScreen
 
+pytestmark = pytest.mark.usefixtures("own_cache_and_no_gpu", "folder_made")
 
-def planned(folder: Path, name: str, method: str = "sft", **settings: Any) -> Run:  # noqa: F811
+
+def planned(folder: Path, name: str, method: str = "sft", **settings: Any) -> Run:
     """A run with a real plan and no events but the first."""
     values = {key.replace("__", "."): (value, "test") for key, value in {"name": name, **settings}.items()}
     config = configs_dir() / "demo.yaml" if method == "demo" else None
@@ -35,7 +37,7 @@ def planned(folder: Path, name: str, method: str = "sft", **settings: Any) -> Ru
     return create_run(folder, settle(found))
 
 
-async def test_typing_filters_and_escape_shows_all(folder: Path) -> None:  # noqa: F811
+async def test_typing_filters_and_escape_shows_all(folder: Path) -> None:
     for name in ("apple", "banana", "cherry"):
         recorded(folder, "failed" if name == "banana" else "done", name)
     app = FinetuiApp(folder)
@@ -55,7 +57,7 @@ async def test_typing_filters_and_escape_shows_all(folder: Path) -> None:  # noq
         await shows(pilot, "apple")
 
 
-async def test_pin_and_note_are_kept_with_the_run(folder: Path) -> None:  # noqa: F811
+async def test_pin_and_note_are_kept_with_the_run(folder: Path) -> None:
     for name in ("a-run", "b-run"):
         recorded(folder, "stopped", name)
     app = FinetuiApp(folder)
@@ -93,7 +95,7 @@ def test_a_broken_or_hostile_note_is_none(tmp_path: Path) -> None:
         ("kto", {"model__name": "run:base", "kto__data__dataset": "o/n", "kto__data__dataset_file": "a.jsonl"}),
     ],
 )
-def test_training_again_makes_the_same_plan(folder: Path, method: str, settings: dict[str, Any]) -> None:  # noqa: F811
+def test_training_again_makes_the_same_plan(folder: Path, method: str, settings: dict[str, Any]) -> None:
     plan = planned(folder, "one", method, **settings).plan()
     found = checked(draft_of(plan))
     assert found.problems == {} and found.resolved
@@ -101,7 +103,7 @@ def test_training_again_makes_the_same_plan(folder: Path, method: str, settings:
     assert again == plan
 
 
-async def test_again_opens_the_review_with_the_settings_of_the_run(folder: Path) -> None:  # noqa: F811
+async def test_again_opens_the_review_with_the_settings_of_the_run(folder: Path) -> None:
     planned(folder, "one", "demo", sft__learning_rate=1.5e-3)
     app = FinetuiApp(folder)
     async with app.run_test(size=(80, 24)) as pilot:
@@ -112,11 +114,11 @@ async def test_again_opens_the_review_with_the_settings_of_the_run(folder: Path)
         await shows(pilot, "5 Review", "✔ ready")
 
 
-async def test_marked_runs_are_compared(folder: Path) -> None:  # noqa: F811
+async def test_marked_runs_are_compared(folder: Path) -> None:
     first = planned(folder, "first", "sft", model__size="135m", sft__data__demo=True, sft__learning_rate=1e-3)
     second = planned(folder, "second", "sft", model__size="135m", sft__data__demo=True)
-    shutil.copy(Path(__file__).parent / "runs" / "done.jsonl", first.events_path)
-    shutil.copy(Path(__file__).parent / "runs" / "stopped.jsonl", second.events_path)
+    shutil.copy(RECORDED / "done.jsonl", first.events_path)
+    shutil.copy(RECORDED / "stopped.jsonl", second.events_path)
     app = FinetuiApp(folder)
     async with app.run_test(size=(120, 40)) as pilot:
         await shows(pilot, "first", "second")
@@ -142,7 +144,7 @@ async def test_marked_runs_are_compared(folder: Path) -> None:  # noqa: F811
 
 
 @pytest.mark.parametrize("size", [(80, 24), (200, 60)])
-async def test_hostile_runs_are_compared_harmlessly(folder: Path, size: tuple[int, int]) -> None:  # noqa: F811
+async def test_hostile_runs_are_compared_harmlessly(folder: Path, size: tuple[int, int]) -> None:
     for name in ("a", "[INST]\x1b]0;evil\x07"):
         run = Run(folder / name)
         run.path.mkdir()
@@ -164,7 +166,7 @@ async def test_hostile_runs_are_compared_harmlessly(folder: Path, size: tuple[in
         assert CONTROLS.findall(frame(app).replace("\n", "")) == []
 
 
-async def test_paths_of_the_selected_run(folder: Path) -> None:  # noqa: F811
+async def test_paths_of_the_selected_run(folder: Path) -> None:
     recorded(folder, "done")
     app = FinetuiApp(folder)
     async with app.run_test(size=(120, 40)) as pilot:
@@ -176,7 +178,7 @@ async def test_paths_of_the_selected_run(folder: Path) -> None:  # noqa: F811
         await until(pilot, lambda: isinstance(app.screen, HomeScreen))
 
 
-async def test_of_many_runs_the_table_shows_a_page_and_the_filter_finds_the_rest(folder: Path) -> None:  # noqa: F811
+async def test_of_many_runs_the_table_shows_a_page_and_the_filter_finds_the_rest(folder: Path) -> None:
     for number in range(PAGE + 60):
         run = Run(folder / f"run-{number:03}")
         run.path.mkdir()
@@ -194,7 +196,7 @@ async def test_of_many_runs_the_table_shows_a_page_and_the_filter_finds_the_rest
         await shows(pilot, f"1 of {PAGE + 60} runs", "run-003")
 
 
-def test_the_history_comes_in_parts_pinned_runs_first(folder: Path) -> None:  # noqa: F811
+def test_the_history_comes_in_parts_pinned_runs_first(folder: Path) -> None:
     for number in range(5):
         recorded(folder, "stopped", f"r{number}")
     write_note(folder / "r0", Note(pinned=True))
@@ -221,7 +223,7 @@ def test_each_card_has_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_on_end_runs_the_command_with_run_and_status_and_no_child_sees_it(
-    folder: Path,  # noqa: F811
+    folder: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run = planned(folder, "one", model__name="/no/model", sft__data__demo=True)
@@ -236,7 +238,7 @@ def test_on_end_runs_the_command_with_run_and_status_and_no_child_sees_it(
 
 
 def test_watch_in_the_app_takes_a_run_or_a_recorded_log(
-    folder: Path,  # noqa: F811
+    folder: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     opened: list[tuple[str, ...]] = []

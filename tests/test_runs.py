@@ -1,26 +1,21 @@
-"""The run directory: made whole or not at all, found, locked, summarised and deleted."""
+"""The run directory: made whole or not at all, found and summarised; its checkpoints, complete or absent."""
 
 import errno
 import io
 import json
 import os
 import re
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
+from conftest import MakeNamed, plan
 from hypothesis import HealthCheck, given, settings
 from rich.console import Console
 from test_events import wild_events
 
-from core import runs
-from core.config import Resolved, resolve
 from core.errors import FinetuiError
 from core.paths import runs_dir, writing_whole
 from core.runs import (
@@ -28,73 +23,13 @@ from core.runs import (
     Run,
     complete_checkpoints,
     create_run,
-    delete_run,
     find_run,
-    is_alive,
     is_complete,
     list_runs,
-    process_lives,
-    request_stop,
-    status,
     summary,
-    take_lock,
-    write_holder,
     write_manifest,
 )
 from core.watch import line_of, runs_table, show_run
-
-
-def plan(name: str | None = None, **more: Any) -> Resolved:
-    given_flags = {"name": name, **{key.replace("__", "."): value for key, value in more.items()}}
-    return resolve("sft", None, {key: (value, "test") for key, value in given_flags.items()}, gpu_present=False)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return tmp_path / "runs"
-
-
-MakeNamed = Callable[..., Run]
-
-
-@pytest.fixture
-def named(folder: Path) -> MakeNamed:
-    return lambda name="one", **more: create_run(folder, plan(name, **more))
-
-
-HOLD = """
-import sys
-from pathlib import Path
-from core.runs import Run, take_lock, write_holder
-handle = take_lock(Run(Path(sys.argv[1])))
-write_holder(handle)
-print("held", flush=True)
-sys.stdin.readline()
-"""
-
-
-@pytest.fixture
-def holder() -> Any:
-    """Starts a child that holds a run's lock until told to end; all are ended at the test's end."""
-    children: list[subprocess.Popen[str]] = []
-
-    def hold(run: Run) -> subprocess.Popen[str]:
-        child = subprocess.Popen(
-            [sys.executable, "-c", HOLD, str(run.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        children.append(child)
-        assert child.stdout and child.stdout.readline() == "held\n"
-        return child
-
-    yield hold
-    for child in children:
-        child.kill()
-        child.communicate()
-
-
-def released(child: subprocess.Popen[str]) -> None:
-    child.communicate("\n")
-
 
 # --- making ---
 
@@ -217,129 +152,6 @@ def test_what_is_no_run_is_not_listed(named: MakeNamed, folder: Path, tmp_path: 
     assert list_runs(tmp_path / "none") == []
     with pytest.raises(FinetuiError, match="There are no runs in"):
         find_run(tmp_path / "none", "last")
-
-
-# --- alive ---
-
-
-def test_a_run_is_alive_while_a_process_holds_its_lock_and_no_longer(named: MakeNamed, holder: Any) -> None:
-    run = named()
-    assert not is_alive(run) and status(run, None) == "crashed"
-    child = holder(run)
-    assert is_alive(run) and status(run, "failed") == "running"
-    child.kill()
-    child.wait()
-    assert not is_alive(run) and status(run, None) == "crashed" and status(run, "done") == "done"
-
-
-def test_a_stop_is_shown_until_the_run_has_ended(named: MakeNamed, holder: Any) -> None:
-    run = named()
-    with pytest.raises(FinetuiError, match="is not running"):
-        request_stop(run)
-    assert not run.stop_path.exists()
-    child = holder(run)
-    request_stop(run)
-    assert run.stop_path.exists() and status(run, None) == "stopping"
-    released(child)
-    assert status(run, "stopped") == "stopped"
-
-
-def test_a_lock_that_a_child_inherits_lives_as_long_as_the_child(named: MakeNamed) -> None:
-    run = named()
-    handle = take_lock(run)
-    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=(handle,))
-    os.close(handle)
-    assert is_alive(run)
-    child.communicate(b"\n")
-    assert not is_alive(run)
-
-
-def test_of_many_starts_at_once_exactly_one_succeeds(named: MakeNamed) -> None:
-    run = named()
-    barrier, outcomes = threading.Barrier(6), []
-
-    def start() -> None:
-        barrier.wait()
-        try:
-            outcomes.append(take_lock(run, patience_s=0.2))
-        except FinetuiError as error:
-            outcomes.append(error.message)
-
-    threads = [threading.Thread(target=start) for _ in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    handles = [outcome for outcome in outcomes if isinstance(outcome, int)]
-    assert len(handles) == 1 and outcomes.count("one is running already.") == 5
-    os.close(handles[0])
-
-
-def test_viewers_neither_hinder_a_start_nor_take_each_other_for_the_runner(named: MakeNamed) -> None:
-    run = named()
-    os.close(take_lock(run))
-    ended, seen = threading.Event(), []
-
-    def view() -> None:
-        while not ended.is_set():
-            seen.append(is_alive(run))
-
-    viewers = [threading.Thread(target=view) for _ in range(3)]
-    for viewer in viewers:
-        viewer.start()
-    try:
-        while len(seen) < 2000:
-            ended.wait(0.001)
-        assert not any(seen)
-        for _ in range(20):
-            os.close(take_lock(run, patience_s=10))
-    finally:
-        ended.set()
-        for viewer in viewers:
-            viewer.join()
-
-
-def test_a_process_id_that_was_given_again_is_another_process() -> None:
-    me = psutil.Process()
-    assert process_lives(me.pid, me.create_time())
-    assert not process_lives(me.pid, me.create_time() - 60)
-    assert not process_lives(me.pid, None) and not process_lives(None, 1.0)
-    child = subprocess.Popen([sys.executable, "-c", ""])
-    started = psutil.Process(child.pid).create_time()
-    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
-    assert not process_lives(child.pid, started), "a zombie does not live"
-    child.wait()
-    assert not process_lives(child.pid, started)
-
-
-def test_without_flock_process_id_and_start_time_decide(named: MakeNamed, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "fcntl", None)
-    run = named()
-    assert not is_alive(run)
-    handle = take_lock(run)
-    write_holder(handle)
-    os.close(handle)
-    assert is_alive(run)
-    with pytest.raises(FinetuiError, match="is running already"):
-        take_lock(run)
-    run.lock_path.write_text(json.dumps({"pid": os.getpid(), "started": 5.0}))
-    assert not is_alive(run)
-    for text in ("", "[]", "{", '{"pid": 1}', '{"pid": "x", "started": "y"}'):
-        run.lock_path.write_text(text)
-        assert not is_alive(run)
-
-
-def test_a_living_run_is_not_deleted_and_an_ended_one_is(named: MakeNamed, holder: Any) -> None:
-    run = named()
-    child = holder(run)
-    with pytest.raises(FinetuiError, match="one is running already"):
-        delete_run(run)
-    assert run.plan_path.exists()
-    released(child)
-    delete_run(run)
-    assert not run.path.exists()
-    with pytest.raises(FinetuiError, match="cannot be opened"):
-        delete_run(run)
 
 
 # --- complete or absent ---

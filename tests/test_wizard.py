@@ -1,17 +1,14 @@
 """The wizard, driven by its keys: preview, consequences, forecast, completion; with hostile rows."""
 
-import html
 import json
-import re
-from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from pilots import CONTROLS, HOSTILE, frame, shows, until
 from textual.app import App
-from textual.pilot import Pilot
 from textual.widgets import Input
 
 import tui
@@ -28,15 +25,7 @@ from tui.preview import TRAINED, Preview, example_words
 from tui.settings import Setting
 from tui.wizard import WizardScreen
 
-HOSTILE = "a\x1b[2J\x1b]52;c;ZXZpbA==\x07\x9b31m [/x] [INST] [red]b \u202egnp.exe\u2066 \x08\x7f\tend"
-CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u202a-\u202e\u2066-\u2069]")
-
-
-@pytest.fixture(autouse=True)
-def own_cache_and_no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Drafts and recent files go into the test's own cache; every machine looks like one without a card."""
-    monkeypatch.setenv("FINETUI_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("core.gpu.gpus", lambda pids=(): [])
+pytestmark = pytest.mark.usefixtures("own_cache_and_no_gpu")
 
 
 class WizardApp(App[None]):
@@ -60,35 +49,6 @@ class WizardApp(App[None]):
     @property
     def wizard(self) -> WizardScreen:
         return next(screen for screen in self.screen_stack if isinstance(screen, WizardScreen))
-
-
-def frame(app: App[Any]) -> str:
-    """What the screen shows, as lines of text."""
-    lines: dict[float, str] = defaultdict(str)
-    cells = r'<text [^>]*?x="([\d.]+)" y="([\d.]+)"[^>]*clip-path[^>]*>([^<]*)</text>'
-    for x, y, text in re.findall(cells, app.export_screenshot()):
-        row = lines[float(y)]
-        lines[float(y)] = row.ljust(round(float(x) / 12.2)) + html.unescape(text).replace("\xa0", " ")
-    return "\n".join(line.rstrip() for _, line in sorted(lines.items()))
-
-
-async def until(pilot: Pilot[Any], condition: Callable[[], Any], limit: int = 3000) -> Any:
-    """Let the app work until `condition` holds."""
-    for _ in range(limit):
-        if found := condition():
-            return found
-        await pilot.pause(0.02)
-    raise AssertionError(frame(pilot.app))
-
-
-async def shows(pilot: Pilot[Any], *words: str) -> str:
-    """Wait until the screen shows all of `words`."""
-
-    def seen() -> str:
-        text = frame(pilot.app)
-        return text if all(word in text for word in words) else ""
-
-    return await until(pilot, seen)
 
 
 def draft_of(method: str, model: Path, rows: Path, step: int = 2, **values: str) -> Draft:
@@ -202,8 +162,6 @@ async def test_a_child_that_dies_is_told_of_and_started_again(
         await until(pilot, lambda: "row 2 of 20" in frame(app) or "process died" in frame(app))
         await pilot.press("right", "left", "right")
         await shows(pilot, "of 20", "tokens,")
-
-
 
 
 def test_marks_are_a_colour_and_an_underline() -> None:

@@ -1,0 +1,155 @@
+"""What happens when a micro-batch does not fit: found out before the first step, or met in the middle of a run."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import MakeRun, finish, losses
+from test_training import Stage
+
+from core import runner
+from core.fit import keep_batch, kept_batch, smaller_batches, with_batch
+from core.plan import KTOPlan, SFTPlan
+from core.train_events import Reporter
+from core.train_fit import FitCallback, Refit, out_of_memory, preflight
+
+# Loaded by every interpreter of a run: from the Nth forward pass on the model has memory for so many rows and no more.
+SMALL_CARD = """
+import json, os, sys
+if "core.train" in " ".join(sys.orig_argv):
+    import torch
+    plain, seen = torch.nn.Module.__call__, [0]
+    def call(self, *args, **kwargs):
+        rows = kwargs.get("input_ids")
+        if type(self).__name__ == "LlamaForCausalLM" and rows is not None and torch.is_grad_enabled():
+            seen[0] += 1
+            if seen[0] > int(os.environ["FROM_PASS"]) and rows.shape[0] > int(os.environ["MOST_ROWS"]):
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return plain(self, *args, **kwargs)
+    torch.nn.Module.__call__ = call
+"""
+
+
+@pytest.fixture
+def small_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Children of this test have a card for two rows from the given pass on."""
+
+    def put_in(from_pass: int, rows: int = 2) -> None:
+        folder = tmp_path / "site"
+        folder.mkdir(exist_ok=True)
+        (folder / "sitecustomize.py").write_text(SMALL_CARD)
+        monkeypatch.setenv("PYTHONPATH", str(folder))
+        monkeypatch.setenv("FROM_PASS", str(from_pass))
+        monkeypatch.setenv("MOST_ROWS", str(rows))
+
+    return put_in
+
+
+def refusing(model: Any, rows: int) -> Any:
+    """A hook by which `model` has memory for `rows` rows and no more."""
+
+    def hook(module: Any, args: Any, kwargs: Any) -> None:
+        if kwargs["input_ids"].shape[0] > rows:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+    return model.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def events(run: Any, kind: str) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in run.events_path.read_text().splitlines()]
+    return [event for event in lines if event["kind"] == kind]
+
+
+def test_smaller_batches_divide_the_effective_batch_and_kto_keeps_two_rows() -> None:
+    assert smaller_batches(SFTPlan(batch_size=6, gradient_accumulation_steps=4)) == [4, 3, 2, 1]
+    assert smaller_batches(KTOPlan(batch_size=6, gradient_accumulation_steps=4)) == [4, 3, 2]
+    assert smaller_batches(KTOPlan(batch_size=2)) == []
+    smaller = with_batch(SFTPlan(batch_size=6, gradient_accumulation_steps=4), 3)
+    assert (smaller.batch_size, smaller.gradient_accumulation_steps, smaller.effective_batch) == (3, 8, 24)
+
+
+@pytest.mark.parametrize("kept", ["", "[", '{"batch_size": 5}', '{"batch_size": 8}', '{"batch_size": "2"}', "3"])
+def test_a_kept_batch_that_cannot_be_is_passed_over(tmp_path: Path, kept: str) -> None:
+    stage = SFTPlan(batch_size=4, gradient_accumulation_steps=2)
+    (tmp_path / "batch.json").write_text(kept)
+    assert kept_batch(tmp_path, stage) == stage
+    keep_batch(tmp_path, 2)
+    assert kept_batch(tmp_path, stage).batch_size == 2
+
+
+@pytest.mark.parametrize("name", ["sft", "kto"])
+def test_the_largest_micro_batch_that_fits_is_found_before_the_first_step(make_run: MakeRun, name: str) -> None:
+    settings = {f"{name}__batch_size": 8, "sft__padding_free": "off", f"{name}__data__holdout": 0.2}
+    stage = Stage(make_run(name, **settings), name)
+    reporter = Reporter(stage.run, name)
+    hook = refusing(stage.trainer.model, 4)
+    with pytest.raises(Refit) as found:
+        preflight(stage.trainer, stage.settings, 1 << 40, reporter)
+    assert found.value.size == 4 and events(stage.run, "preflight")[0]["batch_size"] == 4
+    hook.remove()
+    preflight(stage.trainer, stage.settings, 1 << 40, reporter)
+    assert events(stage.run, "preflight")[1]["batch_size"] == 8
+    refusing(stage.trainer.model, 0)
+    with pytest.raises(Refit) as found:
+        preflight(stage.trainer, stage.settings, 1 << 40, reporter)
+    assert found.value.size == (2 if name == "kto" else 1)
+    assert "did not fit" in events(stage.run, "notice")[-1]["text"]
+    preflight(stage.trainer, with_batch(stage.settings, found.value.size), 1 << 40, reporter)  # warns, lets it try
+
+
+@pytest.mark.parametrize("name", ["sft", "kto"])
+def test_looking_beforehand_changes_nothing_that_is_trained_or_logged(make_run: MakeRun, name: str) -> None:
+    dropout = {"lora__dropout": 0.1, f"{name}__data__holdout": 0.2}
+    plain, looked = (Stage(make_run(name, **dropout), name) for _ in range(2))
+    torch.manual_seed(3)
+    plain.trainer.train()
+    looked.trainer.add_callback(FitCallback(looked.trainer, looked.settings, 1 << 40, Reporter(looked.run, name)))
+    torch.manual_seed(3)
+    looked.trainer.train()
+    timed = ("runtime", "per_second")
+    histories = [stage.trainer.state.log_history for stage in (plain, looked)]
+    logs = [[{k: v for k, v in entry.items() if not k.endswith(timed)} for entry in history] for history in histories]
+    assert logs[0] == logs[1] and len(events(looked.run, "preflight")) == 1
+
+
+def test_what_counts_as_out_of_memory() -> None:
+    inner = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate")
+    outer = ValueError("the step failed")
+    outer.__cause__ = inner
+    assert out_of_memory(outer) and out_of_memory(torch.cuda.OutOfMemoryError("x"))
+    assert not out_of_memory(ValueError("loss is nan")) and not out_of_memory(MemoryError("x"))
+
+
+def test_memory_that_runs_out_in_the_middle_costs_a_notice_and_nothing_else(
+    make_run: MakeRun, small_card: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trainer meets the end of the card at step 5; the losses go on as those of a run with a larger card."""
+    settings = {"sft__max_steps": 8, "sft__save_steps": 2, "sft__padding_free": "off", "sft__batch_size": 4}
+    whole = make_run("sft", **settings)
+    runner.start(whole)
+    assert finish(whole) == "done"
+    small_card(from_pass=4)
+    run = make_run("sft", **settings)
+    runner.start(run)
+    assert finish(run) == "done"
+    assert [notice["text"][:18] for notice in run.state().notices if notice["level"] == "warning"] == [
+        "GPU memory ran out"
+    ]
+    assert [event["status"] for event in events(run, "stage_end")] == ["refit", "done"]
+    assert [event["resumed_step"] for event in events(run, "totals")] == [0, 4]
+    assert losses(run, "sft") == pytest.approx(losses(whole, "sft"), abs=2e-5)
+    assert json.loads((run.stage_path("sft") / "batch.json").read_text()) == {"batch_size": 2}
+
+
+def test_a_card_too_small_for_one_row_ends_the_run_with_advice(make_run: MakeRun, small_card: Any) -> None:
+    small_card(from_pass=0, rows=0)
+    run = make_run("sft", sft__padding_free="off")
+    runner.start(run)
+    assert finish(run) == "failed"
+    statuses = [event["status"] for event in events(run, "stage_end")]
+    assert statuses == ["refit", "refit", "failed"]
+    assert "sft.max_length" in run.state().errors[-1]["advice"]
+    assert os.path.exists(run.stage_path("sft") / "batch.json")
