@@ -181,7 +181,8 @@ class DashboardScreen(RunRoom):
         self.query_one("#now", Words).say(now_words(snapshot, max(20, self.size.width - 4)))
         self.paint_end(snapshot)
         self.paint_charts(shown, snapshot)
-        self.query_one("#notes", Words).say(notes_words(state))
+        worth_knowing = alert_words([alert for alert in alerts(snapshot) if alert.weight < 2])
+        self.query_one("#notes", Words).say(Content("\n").join(filter(None, [worth_knowing, notes_words(state)])))
         self.query_one("#side", Words).say(side_words(snapshot))
 
     def paint_end(self, snapshot: Snapshot) -> None:
@@ -191,7 +192,10 @@ class DashboardScreen(RunRoom):
             result.update(shown_result(self._result) or "")
         result.display = bool(self._result)
         words = Content("\n").join(filter(None, [end_words(snapshot), next_words(snapshot)]))
-        for name, said in (("#end", words), ("#alerts", alert_words(alerts(snapshot)))):
+        for name, said in (
+            ("#end", words),
+            ("#alerts", alert_words([alert for alert in alerts(snapshot) if alert.weight > 1])),
+        ):
             place = self.query_one(name, Words)
             place.display = bool(said)
             place.say(said)

@@ -27,7 +27,7 @@ FIGURES = (
     ("grad_norm", "gradient", 3),
 )
 STAGE_NAMES = {"sft": "SFT", "kto": "KTO", "evaluate": "evaluate"}
-ALERT_SIGNS = {3: ("‼", "$text-error"), 2: ("!", "$text-warning"), 1: ("·", "$text-muted")}  # by weight
+ALERT_SIGNS = {3: ("‼", "$text-error"), 2: ("!", "$text-warning"), 1: ("·", "$foreground-muted")}  # by weight
 
 
 def stage_state(stage: StageState, snapshot: Snapshot) -> str:

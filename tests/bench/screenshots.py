@@ -14,7 +14,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 RECORDED = ROOT / "tests" / "runs"
-WIDE = (120, 36)
+WIDE = (120, 40)
 
 from textual.pilot import Pilot  # noqa: E402
 
