@@ -368,11 +368,11 @@ def _sort_in(rows: Rows, number: int, raw: Any, method: str, include_undesirable
     try:
         found, repairs = conversations_of(raw)
         _check_json(raw.get("tools"))
+        tools = _tools(raw.get("tools"), repairs)
     except RowError as error:
         rows.left_out.append(LeftOut(rows.file, number, str(error)))
         return
     rows.repaired.extend(LeftOut(rows.file, number, repair) for repair in repairs)
-    tools = raw.get("tools") if isinstance(raw.get("tools"), list) else None
     used = 0
     reason = ""
     for messages, label in found:
@@ -385,6 +385,21 @@ def _sort_in(rows: Rows, number: int, raw: Any, method: str, include_undesirable
             used += 1
     if not used:
         rows.left_out.append(LeftOut(rows.file, number, reason))
+
+
+def _tools(given: Any, repairs: list[str]) -> list[dict[str, Any]] | None:
+    """The row's tool schemas for the template: a list, or one written as a JSON string (as Parquet files have it)."""
+    if not given:
+        return None
+    if isinstance(given, str):
+        try:
+            given = json.loads(given)
+        except (ValueError, RecursionError):
+            given = None
+    if isinstance(given, list) and all(isinstance(tool, dict) for tool in given):
+        return given or None
+    repairs.append("its tools are no list of schemas and were left out")
+    return None
 
 
 def _check_usable(rows: Rows, method: str) -> None:

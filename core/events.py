@@ -194,6 +194,8 @@ class RunState:
     samples: list[Event] = field(default_factory=list)
     result: Event = field(default_factory=dict)
     nonfinite: int = 0
+    waiting_for: tuple[str, str] | None = None
+    """The device, and the run that trains there, while this one waits for its turn."""
 
     def stage(self, name: str) -> StageState:
         """The stage called `name`, made on first mention."""
@@ -232,12 +234,16 @@ class RunState:
         self.started = self.started or event["t"]
         self.ended, self.end_status = None, None
         self.errors = []
-        self.start = event
+        self.start, self.waiting_for = event, None
         for stage in self.stages:
             if stage.state in ("running", "failed", "stopped", "aborted"):
                 stage.state = "waiting"
 
+    def _on_waiting(self, event: Event) -> None:
+        self.waiting_for = str(event.get("device", "")), str(event.get("holder", ""))
+
     def _on_stage_start(self, event: Event) -> None:
+        self.waiting_for = None
         stage = self.stage(str(event.get("name", "")))
         stage.state, stage.started, stage.ended, stage.exit = "running", event["t"], None, ""
         stage.base = str(event.get("base", ""))
@@ -312,7 +318,8 @@ class RunState:
 
     def _on_stage_end(self, event: Event) -> None:
         stage = self.stage(str(event.get("name", "")))
-        stage.state, stage.ended = str(event.get("status", "")), event["t"]
+        status = str(event.get("status", ""))  # `refit`: it starts again with a smaller micro-batch
+        stage.state, stage.ended = "waiting" if status == "refit" else status, event["t"]
         stage.output = str(event.get("output") or "")
         stage.exit = str(event.get("exit") or "")
 

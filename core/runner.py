@@ -23,6 +23,7 @@ from core import __version__, gpu
 from core.errors import FinetuiError
 from core.runs import Run, create_run, find_run, is_alive, process_lives, take_lock, write_holder
 from core.stages import TRAINING_STAGES
+from core.turns import device_of, holder, take_turn
 
 if TYPE_CHECKING:
     from core.plan import Plan
@@ -96,7 +97,7 @@ def abort(run: Run) -> None:
 
 
 def _spawn(
-    command: list[str], folder: Path, log: IO[bytes], handle: int, **more: str
+    command: list[str], folder: Path, log: IO[bytes], handle: int, turn: int | None = None, **more: str
 ) -> subprocess.Popen[bytes]:
     environment = {**CHILD_ENV, **os.environ, **more, LOCK_ENV: str(handle)}
     folder.mkdir(parents=True, exist_ok=True)
@@ -107,7 +108,7 @@ def _spawn(
         )
     return subprocess.Popen(
         command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-        start_new_session=True, pass_fds=(handle,),
+        start_new_session=True, pass_fds=(handle,) if turn is None else (handle, turn),
     )  # fmt: skip
 
 
@@ -139,6 +140,7 @@ class Runner:
         self.run, self.plan, self.lock = run, plan, lock
         self.sampler = gpu.Sampler()
         self.next_sample = 0.0
+        self.turn: int | None = None
 
     def stop_asked(self, *_: object) -> bool:
         return self.run.stop_path.exists()
@@ -156,6 +158,8 @@ class Runner:
             "run_start", version=__version__, python=sys.version.split()[0], host=platform.node(), pid=me.pid,
             pid_started=me.create_time(), resumed=not fresh,
         )  # fmt: skip
+        if ended := self._take_turn():
+            return self._end(ended)
         base = ""
         for index, stage in enumerate(self.plan.stages):
             if not self.run.stage_done(stage):
@@ -170,6 +174,34 @@ class Runner:
                 base = stage
         return self._end("done")
 
+    def _take_turn(self) -> str:
+        """Take the device, waiting for it where the plan says so; the status where the run was ended meanwhile."""
+        device, told = device_of(self.plan), None
+        while (turn := self._ask_turn(device)) is None:
+            other = holder(device)
+            if not self.plan.wait_gpu:
+                if device != "cpu":
+                    text = f"{other or 'Another run'} trains on this GPU too: both are slower, and share its memory."
+                    self.run.events.append("notice", stage="", level="warning", text=text, advice="See --wait-gpu.")
+                return ""
+            if other != told:
+                self.run.events.append("waiting", device=device, holder=other)
+                told = other
+            if self.run.abort_path.exists():
+                return "aborted"
+            if self.stop_asked():
+                return "stopped"
+            time.sleep(POLL_S)
+        self.turn = turn if turn >= 0 else None
+        return ""
+
+    def _ask_turn(self, device: str) -> int | None:
+        """As `take_turn`; -1 where no lock can be made, for that shall keep nobody from training."""
+        try:
+            return take_turn(device, self.run.name)
+        except OSError:
+            return -1
+
     def _end(self, status: str) -> int:
         self.run.events.append("run_end", status=status)
         for request in (self.run.stop_path, self.run.abort_path):
@@ -181,7 +213,8 @@ class Runner:
         command = [sys.executable, "-P", "-m", module, str(self.run.path), stage, *([base] if base else [])]
         position = self.run.log_path.stat().st_size if self.run.log_path.exists() else 0
         with self.run.log_path.open("ab") as log:
-            child = _spawn(command, self.run.stage_path(stage), log, self.lock, FINETUI_BACKEND=self.plan.backend)
+            folder, backend = self.run.stage_path(stage), self.plan.backend
+            child = _spawn(command, folder, log, self.lock, self.turn, FINETUI_BACKEND=backend)
         self.run.events.append(
             "stage_start", index=index, name=stage, base=base, pid=child.pid, pid_started=_created(child.pid)
         )

@@ -134,7 +134,14 @@ def _line_of(event: Event, state: RunState) -> str:
     if kind in ("notice", "error"):
         word = "error: " if kind == "error" else ""
         text = event.get("text") or event.get("message") or ""
-        return f"{stage}: {word}{text} {event.get('advice') or ''}".rstrip()
+        return f"{stage}: {word}{text} {event.get('advice') or ''}".rstrip().removeprefix(": ")
+    if kind == "waiting":
+        return f"waits for {event.get('device')}: {event.get('holder') or 'another run'} trains there"
+    if kind == "preflight":
+        peak = int(event.get("reserved_bytes") or 0) / 2**30
+        return f"{stage}: {event.get('batch_size')} of the longest rows at once take {peak:.1f} GiB"
+    if kind == "stage_end" and event.get("status") == "refit":
+        return f"{stage}: starts again with a smaller micro-batch"
     if kind == "stage_end":
         why = f" ({event.get('exit')})" if event.get("status") == "failed" else ""
         return f"{stage}: {event.get('status')}{why}"

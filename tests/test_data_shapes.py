@@ -1,5 +1,6 @@
 """The shapes of rows: each that is read becomes a conversation, each other is left out by its line and reason."""
 
+import json
 from collections import Counter
 from typing import Any
 
@@ -77,6 +78,15 @@ def test_tools_of_a_row_come_along_and_roles_of_other_tools_are_understood(file:
     assert [message["role"] for message in row.messages] == ["system", "user", "assistant", "tool", "assistant"]
     assert row.tools == tools
     assert row.prompt == row.messages[:4] and row.last_assistant == 4
+
+
+def test_tools_written_as_a_json_string_are_read_and_what_is_no_list_is_named(file: WriteFile) -> None:
+    tools = [{"type": "function", "function": {"name": "set_timer"}}]
+    given = [json.dumps(tools), "[not json", '"word"', [1, 2], {"name": "x"}, "", None]
+    rows = read_rows(file([{"messages": [USER, ANSWER], "tools": value} for value in given]), "sft")
+    assert [row.tools for row in rows.used] == [tools, None, None, None, None, None, None]
+    assert [entry.line for entry in rows.repaired] == [2, 3, 4, 5]
+    assert "no list of schemas" in rows.repaired[0].reason
 
 
 # --- rows left out ---

@@ -18,7 +18,8 @@ from core.plan import Plan
 from core.prepare import planned_steps
 from core.runs import Run, list_runs
 from core.sources import DEMO_MODEL, ModelSource, model_source
-from core.text import duration, number
+from core.text import clean, duration, number
+from core.turns import device_of, in_use
 
 GIB = 1 << 30
 LOOKED_AT_RUNS = 20
@@ -388,6 +389,14 @@ def forecast(plan: Plan, counts: Counts, runs_folder: Path, runs: list[tuple[Run
         lines.append(("Disk", disk, "" if room else "$text-warning"))
         if not room:
             warnings.insert(0, "The disk is too small for what the run will write: free some space first.")
+    if other := in_use(device_of(plan)):
+        if plan.wait_gpu:
+            lines.append(("Start", clean(f"when {other}, which trains on this device now, has ended", 160), ""))
+        else:
+            warnings.append(
+                clean(f"{other} trains on this device now: both would be slower and share its memory.", 160)
+                + " wait_gpu (Settings, Advanced) lets this run start after it."
+            )
     unknown = "not known before a run of this model has finished on this device"
     lines.append(("Duration", duration_words(plan, counts, runs) or unknown, ""))
     lines.append(("Changed", changed_words(plan, runs), ""))

@@ -44,7 +44,7 @@ def now_words(snapshot: Snapshot, width: int) -> Content:
         head = Content.assemble(status_words(snapshot.status), f" after {took}{rest}")
         return Content("\n").join([head, Content(clean(_last_figures(snapshot), 200))])
     if stage is None or stage.state != "running":
-        return Content.assemble(status_words(snapshot.status), f"  starting …  {took}")
+        return Content.assemble(status_words(snapshot.status), f"  {_starting(snapshot.state)}  {took}")
     phase_s = snapshot.taken - snapshot.phase_started if snapshot.phase_started else None
     name = STAGE_NAMES.get(stage.name, stage.name)
     what = f"{clean(stage.phase, 20)} {clean(stage.detail, 60)}".strip()
@@ -59,6 +59,13 @@ def now_words(snapshot: Snapshot, width: int) -> Content:
     length = max(8, min(60, width - len(steps) - len(left) - 7))
     progress = Content.assemble((bar(done, length), "$text-primary"), f" {100 * done:3.0f} %{steps}{left}")
     return Content("\n").join([head, progress, Content(figures(stage) or _before(stage))])
+
+
+def _starting(state: RunState) -> str:
+    if state.waiting_for is None:
+        return "starting …"
+    device, other = state.waiting_for
+    return clean(f"waits for {device}: {other or 'another run'} trains there", 120)
 
 
 def left_words(stage: StageState, snapshot: Snapshot) -> str:
