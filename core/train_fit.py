@@ -7,6 +7,7 @@ into RAM without a word, and another program's memory is not ours to crowd.
 import contextlib
 import copy
 import gc
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -81,7 +82,14 @@ class FitCallback(TrainerCallback):
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         with self.reporter.phase("preflight", "one step on the longest rows"):
-            preflight(self.trainer, self.stage, self.cap, self.reporter)
+            try:
+                preflight(self.trainer, self.stage, self.cap, self.reporter)
+            except Refit:
+                raise
+            except Exception as error:  # a look must not be what ends a run: the first step tells what is wrong
+                logging.getLogger(__name__).exception("the look at the longest rows failed")
+                text = f"The look at the longest rows failed ({type(error).__name__}); training starts without it."
+                self.reporter.notice(text, "warning", "See train.log.")
 
 
 def preflight(trainer: Any, stage: StagePlan, cap: int, reporter: Reporter) -> None:

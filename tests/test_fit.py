@@ -115,6 +115,23 @@ def test_looking_beforehand_changes_nothing_that_is_trained_or_logged(make_run: 
     assert logs[0] == logs[1] and len(events(looked.run, "preflight")) == 1
 
 
+def test_a_look_that_fails_for_another_reason_does_not_end_the_training(make_run: MakeRun) -> None:
+    stage = Stage(make_run("sft"), "sft")
+    stage.trainer.add_callback(FitCallback(stage.trainer, stage.settings, 1 << 40, Reporter(stage.run, "sft")))
+    plain = stage.trainer.get_train_dataloader
+    looked: list[int] = []
+
+    def first_then_broken() -> Any:
+        """The loop's own loader comes first, the look's second."""
+        looked.append(1)
+        return plain() if len(looked) == 1 else object()
+
+    stage.trainer.get_train_dataloader = first_then_broken
+    stage.trainer.train()
+    assert len(looked) == 2 and stage.trainer.state.global_step == 6
+    assert "look at the longest rows failed (AttributeError)" in events(stage.run, "notice")[-1]["text"]
+
+
 def test_what_counts_as_out_of_memory() -> None:
     inner = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate")
     outer = ValueError("the step failed")
