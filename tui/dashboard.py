@@ -19,7 +19,7 @@ from core.runs import Run, request_stop
 from core.stages import TRAINING_STAGES
 from core.text import clean
 from core.watch import shown_result
-from tui.alerts import alerts
+from tui.alerts import Alert, alerts
 from tui.charts import ZOOMS, ChartGrid, Panel, View, panels
 from tui.dialogs import Ended, LogScreen, PathsScreen, RunRoom
 from tui.follow import Follower, LogTail, Recording, Snapshot
@@ -179,23 +179,21 @@ class DashboardScreen(RunRoom):
         here = state.stages.index(shown) if shown else -1
         self.query_one(StepBar).show(steps, here)
         self.query_one("#now", Words).say(now_words(snapshot, max(20, self.size.width - 4)))
-        self.paint_end(snapshot)
+        found = alerts(snapshot)
+        self.paint_end(snapshot, [alert for alert in found if alert.weight > 1])
         self.paint_charts(shown, snapshot)
-        worth_knowing = alert_words([alert for alert in alerts(snapshot) if alert.weight < 2])
+        worth_knowing = alert_words([alert for alert in found if alert.weight < 2])
         self.query_one("#notes", Words).say(Content("\n").join(filter(None, [worth_knowing, notes_words(state)])))
         self.query_one("#side", Words).say(side_words(snapshot))
 
-    def paint_end(self, snapshot: Snapshot) -> None:
+    def paint_end(self, snapshot: Snapshot, worrying: list[Alert]) -> None:
         result = self.query_one("#result", Static)
         if snapshot.state.result != self._result:
             self._result = snapshot.state.result
             result.update(shown_result(self._result) or "")
         result.display = bool(self._result)
         words = Content("\n").join(filter(None, [end_words(snapshot), next_words(snapshot)]))
-        for name, said in (
-            ("#end", words),
-            ("#alerts", alert_words([alert for alert in alerts(snapshot) if alert.weight > 1])),
-        ):
+        for name, said in (("#end", words), ("#alerts", alert_words(worrying))):
             place = self.query_one(name, Words)
             place.display = bool(said)
             place.say(said)
