@@ -17,6 +17,7 @@ from typing import Any
 from core.chat import Template, TemplateError, Tokenised, tokenize_rows
 from core.data import Conversation, Rows, holdout_split, read_rows
 from core.errors import FinetuiError
+from core.memory import KEPT_LENGTHS
 from core.plan import KTOPlan, Plan, StagePlan
 from core.sources import DEMO_MODEL, data_files, model_source
 from core.train_model import load_tokenizer
@@ -172,7 +173,9 @@ def counted(template: Template, stage: StagePlan, name: str, used: list[Conversa
     sample = training[:: max(step, 1)]
     ledger = tokenize_rows(template, sample, name, **limits(stage))
     share = len(training) / len(sample)
+    lengths = sorted((len(example.tokens.input_ids) for example in ledger.examples), reverse=True)
     return {
+        "longest_rows": [length for length in lengths for _ in range(round(share))][:KEPT_LENGTHS],
         "examples": round(len(ledger.examples) * share),
         "held_out": len(held_out),
         "tokens": round(ledger.tokens * share),

@@ -21,7 +21,8 @@ WritePlan = Callable[..., Path]
 # Options of a stage that finetui carries out itself; every other one must reach TRL's config.
 OWN = {
     "max_length", "max_prompt_length", "extra", "values", "two_stage_lr", "lr_reduction_step", "lr_reduction_factor",
-    "sign_correction", "padding_free", "save_total_limit", "desirable_weight", "undesirable_weight", "beta",
+    "sign_correction", "padding_free", "regroup", "save_total_limit", "desirable_weight", "undesirable_weight",
+    "beta",
 }  # fmt: skip
 
 
