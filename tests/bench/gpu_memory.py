@@ -6,7 +6,7 @@ usage: python tests/bench/gpu_memory.py MODELS_DIR SFT.jsonl KTO.jsonl [--runs D
 MODELS_DIR holds models of tests/bench/random_models.py (3b also as 3b-16bit). Each plan of CONFIGURATIONS goes through
 the product as a run of its own, a few steps a stage, under an allocator limit of a 24 GB card; side by side as far as
 their shares fit `--budget`. The chains are stopped with a checkpoint and resumed inside every stage; `oom` is given
-less memory in the middle. Prints a table (and a JSON line each), then the cost of a look at the card. `--seconds` is when
+less memory in the middle. Prints a table (and a JSON line each), then the cost of a look at the card. `--seconds`: when
 it stops waiting. Needs an NVIDIA GPU with bitsandbytes and Unsloth.
 """
 
@@ -24,8 +24,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 GIB = 1 << 30
 # name: (model, method, settings, GiB to reserve for it, whether it is stopped and resumed in each stage)
 CONFIGURATIONS: dict[str, tuple[str, str, dict[str, Any], int, bool]] = {
-    "20b-sft": ("20b", "sft", {}, 22, True),
-    "20b-kto": ("20b", "kto", {"kto.max_length": 2048, "kto.max_prompt_length": 1536}, 23, False),
+    "20b-sft": ("20b", "sft", {}, 18, True),
+    "20b-kto": ("20b", "kto", {"kto.max_length": 2048, "kto.max_prompt_length": 1536}, 20, False),
     "13b": ("13b", "sft-kto", {}, 23, True),
     "7b": ("7b", "sft-kto", {}, 23, True),
     "3b": ("3b", "sft-kto", {"memory_limit": 12}, 13, True),
