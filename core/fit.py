@@ -13,6 +13,7 @@ from core.memory import CONTEXT, GIB, SHAPES, Lengths, Shape, estimate, open_lay
 from core.paths import writing_whole
 from core.plan import KTOPlan, Plan, StagePlan
 
+LEAST_RANK = 4
 MARGIN = 0.93
 """Share of the memory that an arrangement may be estimated to take; estimates were within 8 % of what was measured."""
 
@@ -98,21 +99,24 @@ def _open_layers(plan: Plan, name: str, shape: Shape, tokens: int, room: float) 
 def cut_adapter(plan: Plan, room: int) -> bool:
     """Halve the rank of an adapter on experts until every stage's longest row fits `room` bytes; whether it did.
 
-    At the preset's rank 128 gpt-oss would train 1.4 billion parameters. `room` is what PyTorch may take.
+    At the preset's rank 128 gpt-oss would train 1.4 billion parameters. `room` is what PyTorch may take. A stage that
+    would not fit with any rank does not count: it needs shorter rows, not a smaller adapter.
     """
     shape = SHAPES.get(plan.model.size or "")
     if shape is None or not shape.experts:
         return False
     first = plan.lora.r
-    while plan.lora.r > 4 and not all(_alone_fits(plan, name, shape, room) for name in plan.training_stages):
+    stages = [name for name in plan.training_stages if _alone_fits(plan, name, shape, room, LEAST_RANK)]
+    while plan.lora.r > LEAST_RANK and not all(_alone_fits(plan, name, shape, room, plan.lora.r) for name in stages):
         plan.lora.r, plan.lora.alpha = plan.lora.r // 2, max(plan.lora.alpha // 2, 1)
     return plan.lora.r < first
 
 
-def _alone_fits(plan: Plan, name: str, shape: Shape, room: int) -> bool:
-    """Whether the fewest rows that can go through at once fit, each as long as the plan allows."""
+def _alone_fits(plan: Plan, name: str, shape: Shape, room: int, r: int) -> bool:
+    """Whether the fewest rows that can go through at once fit with rank `r`, each as long as the plan allows."""
     stage = plan.stage(name)
-    alone = plan.model_copy(update={name: with_batch(stage, batch_sizes(stage)[-1])})
+    lora = plan.lora.model_copy(update={"r": r})
+    alone = plan.model_copy(update={name: with_batch(stage, batch_sizes(stage)[-1]), "lora": lora})
     found = estimate(alone, name, shape, Lengths.at_most(stage))
     return found is not None and found.total - CONTEXT <= MARGIN * room
 

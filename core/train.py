@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,8 @@ def train_stage(run: Run, plan: Plan, name: str, base: str, reporter: Reporter) 
         trainer = build(plan, stage, loaded, data, folder, reporter)  # type: ignore[arg-type]
         _drop_incomplete(folder, keep=checkpoint)
     if cap and not checkpoint:
-        trainer.add_callback(FitCallback(trainer, stage, cap, reporter, found.open_layers, fitted.estimate(found)))
+        expected = partial(fitted.estimate, found)
+        trainer.add_callback(FitCallback(trainer, stage, cap, reporter, found.open_layers, expected))
     steps = planned_steps(stage, name, len(data.training.examples))
     trainable = sum(parameter.numel() for parameter in loaded.model.parameters() if parameter.requires_grad)
     reporter.event(

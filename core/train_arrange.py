@@ -3,7 +3,7 @@
 import json
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from core.batches import kto_batches
@@ -47,10 +47,11 @@ class Fitting:
             reporter.notice(f"{words}: {found.why}.")
         return found
 
-    def estimate(self, found: Arrangement) -> Estimate | None:
-        """What the arrangement should need at its highest; None where it cannot be told."""
+    def estimate(self, found: Arrangement, size: int) -> Estimate | None:
+        """What the arrangement should need at its highest with `size` rows at once; None where it cannot be told."""
         place = model_folder(self.source)
         shape = shape_in(place, self.plan.model.size)
+        found = found if size == found.batch_size else replace(found, batch_size=size, open_layers=0)
         stage = found.applied(self.plan.stage(self.name))
         plan = self.plan.model_copy(update={self.name: stage})
         if shape is None:

@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,10 @@ from core.train_events import Reporter
 
 MARGIN = 0.03
 """Share of the cap that the measured step must leave: real batches fragment memory more than one."""
+
+
+Estimated = Callable[[int], Estimate | None]
+"""What was expected for a micro-batch of so many rows."""
 
 
 class Refit(Exception):
@@ -82,7 +86,7 @@ class FitCallback(TrainerCallback):
 
     def __init__(
         self, trainer: Any, stage: StagePlan, cap: int, reporter: Reporter, open_layers: int = 0,
-        estimated: Estimate | None = None,
+        estimated: Estimated | None = None,
     ) -> None:  # fmt: skip
         self.trainer, self.stage, self.cap, self.reporter = trainer, stage, cap, reporter
         self.open_layers, self.estimated = open_layers, estimated
@@ -101,11 +105,12 @@ class FitCallback(TrainerCallback):
 
 def preflight(
     trainer: Any, stage: StagePlan, cap: int, reporter: Reporter, open_layers: int = 0,
-    estimated: Estimate | None = None,
+    estimated: Estimated | None = None,
 ) -> None:  # fmt: skip
     """One step and one evaluation on the largest batch of the run, with ever smaller micro-batches until they fit.
 
-    What must fit is what PyTorch allocates, under `cap` bytes. Writes a `preflight` event with what was `estimated`.
+    What must fit is what PyTorch allocates, under `cap` bytes. Writes a `preflight` event with what was `estimated`
+    for so many rows.
     Raises Refit when something smaller is the largest that fits: fewer open layers first, then fewer rows; where not
     even the smallest does, it warns and lets the run try. Weights, gradients and random states stay as they were.
     """
@@ -119,11 +124,12 @@ def preflight(
             if open_layers and size == stage.batch_size:
                 raise Refit(Arrangement(size, open_layers // 2 if open_layers >= 4 else 0))
             continue
+        known = estimated(size) if estimated else None
         reporter.event(
             "preflight", batch_size=size, tokens=found.tokens, open_layers=open_layers, loaded_bytes=loaded,
             allocated_bytes=found.allocated, reserved_bytes=found.reserved, cap_bytes=cap,
-            context_bytes=context_bytes(), estimated_bytes=estimated.total if estimated else None,
-            estimated_items=estimated.items if estimated else None, seconds=round(time.monotonic() - begun, 1),
+            context_bytes=context_bytes(), estimated_bytes=known.total if known else None,
+            estimated_items=known.items if known else None, seconds=round(time.monotonic() - begun, 1),
         )  # fmt: skip
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()  # what is logged from here on is the training's own peak

@@ -16,7 +16,7 @@ from core.budget import Place, preset_needs, verdicts
 from core.cli import main
 from core.config import resolve
 from core.errors import FinetuiError
-from core.fit import arrange, batch_sizes
+from core.fit import arrange, batch_sizes, with_batch
 from core.memory import GIB, SHAPES, Lengths, estimate, shape_in, shape_of, weight_bytes
 from core.plan import Plan
 from core.train_arrange import Fitting
@@ -37,6 +37,27 @@ MEASURED = [
     ("13b", "sft", {}, 4, 512, 9.92), ("13b", "sft", {}, 12, 2048, 14.59), ("13b", "kto", {}, 8, 4096, 19.96),
     ("20b", "sft", {"lora.r": 8}, 1, 512, 14.62),
 ]  # fmt: skip
+
+
+# The largest batch of whole runs through the product (tests/bench/gpu_memory.py, H200, PyTorch held to 22 GiB): size,
+# stage, rank, rows at once, tokens, layers left open, GiB of the process.
+RUNS = [
+    ("3b", "sft", 32, 24, 8232, 11, 10.07), ("3b", "kto", 32, 16, 24360, 2, 9.87),
+    ("7b", "sft", 64, 24, 8057, 12, 17.69), ("7b", "kto", 64, 32, 49860, 0, 19.97),
+    ("7b", "kto", 64, 4, 5404, 20, 20.30), ("13b", "sft", 64, 24, 8057, 7, 18.32),
+    ("13b", "kto", 64, 16, 24930, 0, 18.40), ("7b", "sft", 128, 12, 5004, 0, 9.12),
+    ("20b", "sft", 32, 6, 9984, 0, 21.86),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("size", "stage", "r", "rows", "tokens", "opened", "measured"), RUNS)
+def test_the_estimate_is_within_a_tenth_of_what_whole_runs_took(
+    size: str, stage: str, r: int, rows: int, tokens: int, opened: int, measured: float
+) -> None:
+    plan = planned(size, stage, lora__r=r)
+    plan = plan.model_copy(update={stage: with_batch(plan.stage(stage), rows)})
+    found = estimate(plan, stage, SHAPES[size], Lengths([1]), open_layers=opened, tokens=tokens)
+    assert found and found.total / GIB == pytest.approx(measured, rel=0.1)
 
 
 def planned(size: str, stage: str, card: float = 80, **settings: Any) -> Plan:
@@ -127,7 +148,8 @@ def test_all_four_sizes_fit_a_card_of_24_gib_and_the_largest_has_its_adapter_cut
     for size in ("3b", "7b", "13b", "20b"):
         plan = planned(size, "sft-kto", card=24)
         found = verdicts(plan, {}, place, None)
-        assert all(judged and judged.fits for judged in found.values()), size
+        fits = [name for name, judged in found.items() if judged and judged.fits]
+        assert fits == (["sft"] if size == "20b" else ["sft", "kto"]), size  # gpt-oss's KTO makes whole logits
         assert plan.lora.alpha == 2 * plan.lora.r
     assert plan.lora.r == 32
     resolved = make_plan("sft", None, {"model.size": ("20b", "flag")}, card=24 * GIB)
@@ -138,8 +160,10 @@ def test_all_four_sizes_fit_a_card_of_24_gib_and_the_largest_has_its_adapter_cut
 
 
 def test_the_presets_needs_grow_with_their_size() -> None:
-    needs = list(preset_needs("sft-kto", cards=True).values())
-    assert needs == sorted(needs) and 1 < needs[0] < 3 and needs[-1] < 24
+    for method in ("sft", "sft-kto"):
+        needs = list(preset_needs(method, cards=True).values())
+        assert needs == sorted(needs) and 1 < needs[0] < 3
+    assert preset_needs("sft", cards=True)["20b"] < 24
 
 
 def test_fit_says_item_by_item_what_is_needed_and_whether_it_is_there(capsys: pytest.CaptureFixture[str]) -> None:

@@ -250,7 +250,7 @@ async def test_the_review_foresees_steps_memory_disk_and_what_changed_and_runs_d
         text = await shows(pilot, "✔ ready", "tokens an epoch", "roughly", f"going by {run.name}", "100 tokens/s")
         assert f"since {run.name}: sft.learning_rate 0.001 → 0.0003; sft.num_train_epochs 3 → 2" in text
         assert "10 steps of 4; 20 examples, 5 steps an epoch" in text
-        assert "on this machine (RAM)" in text and "SFT ✔ fits: 4 rows at once" in text and "an estimate" in text
+        assert "free on this machine (RAM)" in text and "GiB with 4 rows at once" in text and "an estimate" in text
         assert text.index("The disk is too small") < text.index("rows are left out")
         await pilot.press("d")
         await shows(pilot, "Dry run", "✔ it holds together", "SFT: 20 examples")

@@ -145,17 +145,19 @@ def memory_words(plan: Plan, counts: Counts, source: ModelSource | None) -> tupl
         return "the driver does not say how much memory there is", True
     lengths = {name: Lengths(count.longest_rows) for name, count in counts.items() if count.longest_rows}
     found = verdicts(plan, lengths, place, model_folder(source) if source else None)
-    lines, enough = [], True
-    for name, judged in found.items():
-        if judged is None:
-            lines.append(f"{name.upper()} not known for this model")
-            continue
-        items = ", ".join(f"{item} {gib:.1f}" for item, gib in item_lines(judged.estimate)[:5] if gib >= 0.05)
-        about = "" if name in lengths else " for rows as long as allowed"
-        need = f"about {judged.estimate.total / GIB:.1f} GiB{about} ({items})"
-        lines.append(f"{name.upper()} {judged.words}, {need}")
-        enough = enough and judged.fits
-    return f"{place.words}\n" + "\n".join(lines), enough
+    known = {name: judged for name, judged in found.items() if judged}
+    parts = [
+        f"{name.upper()} {one.words[0]} {one.estimate.total / GIB:.1f} GiB with {one.estimate.rows} rows at once"
+        for name, one in known.items()
+    ]
+    parts += [f"{name.upper()} not known for this model" for name, judged in found.items() if not judged]
+    lines = [f"{', '.join(parts)}; {place.words}"]
+    if known:
+        name, highest = max(known.items(), key=lambda item: item[1].estimate.total)
+        items = ", ".join(f"{item} {gib:.1f}" for item, gib in item_lines(highest.estimate)[:4] if gib >= 0.05)
+        rows = "" if lengths else "for rows as long as allowed, "
+        lines.append(f"{rows}{name.upper() + ': ' if len(found) > 1 else ''}{items}")
+    return "\n".join(lines), all(judged.fits for judged in known.values())
 
 
 # --- disk ---
