@@ -1,5 +1,5 @@
 """The commands without the app: ``finetui sft|kto|sft-kto|demo``, ``runs|show|watch|stop|abort|resume|delete RUN``,
-``check``, ``doctor`` and ``plan``.
+``merge|gguf|upload RUN``, ``check``, ``doctor`` and ``plan``.
 
 The flags of the training commands are made from the plan. This module owns standard error and exit codes: 0 done,
 1 the run failed, 2 bad usage, plan or data, 3 no device or no room, 130 interrupted.
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from core import __version__
 from core.errors import FinetuiError
-from core.stages import METHODS
+from core.stages import EXPORT_STAGES, METHODS
 
 if TYPE_CHECKING:  # `finetui` alone becomes the app at once
     from core.plan import Option
@@ -148,6 +148,7 @@ def build_parser() -> Parser:
             _on_end(command)
         if name == "delete":
             command.add_argument("--yes", action="store_true", help="do not ask")
+    _add_exports(commands)
     command = commands.add_parser("runs", help="the history")
     command.add_argument("--runs-dir", type=Path, metavar="DIR", help="folder of the runs")
     command.add_argument("--json", action="store_true", help="JSON instead of a table")
@@ -159,6 +160,36 @@ def build_parser() -> Parser:
     command = commands.add_parser("doctor", help="what is installed, GPU, driver, disk, hub access, WSL2")
     command.add_argument("--json", action="store_true", help="JSON instead of a table")
     return parser
+
+
+def _add_exports(commands: Any) -> None:
+    """``merge``, ``gguf`` and ``upload``: what is made of a run's result."""
+    forms = ("merged_16bit", "merged_4bit", "lora")
+    for name, text in (
+        ("merge", "merge the adapter into its base"), ("gguf", "files for llama.cpp and Ollama"),
+        ("upload", "put the result on the Hub"),
+    ):  # fmt: skip
+        command = commands.add_parser(name, help=text)
+        command.add_argument(
+            "run", metavar="RUN", nargs="?" if name == "gguf" else None, help="name, unique prefix, or `last`"
+        )
+        if name == "upload":
+            command.add_argument("repository", metavar="OWNER/NAME")
+            command.add_argument("--gguf", action="append", metavar="QUANT", help="GGUF files too; can be repeated")
+            command.add_argument("--private", action="store_true", help="make the repository private")
+            command.add_argument("--hf-token", metavar="TOKEN", help="better: set HF_TOKEN, or `hf auth login`")
+            command.add_argument("--yes", action="store_true", help="do not ask")
+        if name == "gguf":
+            words = "F16, Q8_0, Q5_K_M or Q4_K_M (the default); can be repeated"
+            command.add_argument("--quant", action="append", metavar="QUANT", help=words)
+            command.add_argument("--install", action="store_true", help="install llama.cpp's tools first")
+        else:
+            command.add_argument("--save-method", choices=forms[: 3 if name == "upload" else 2])
+        command.add_argument("--checkpoint", metavar="STAGE[/checkpoint-N]", help="this instead of the last result")
+        command.add_argument("--merge-base", dest="base", metavar="MODEL", help="16-bit weights, or dequantised")
+        command.add_argument("--runs-dir", type=Path, metavar="DIR", help="folder of the runs")
+        command.add_argument("--detach", action="store_true", help="do not follow it")
+        command.add_argument("--json", action="store_true", help="print events as JSON lines")
 
 
 def _following(command: argparse.ArgumentParser) -> None:
@@ -216,6 +247,10 @@ def _dispatch(arguments: argparse.Namespace) -> int:
         return open_app()
     if name in (*METHODS, "demo"):
         return commands.train(arguments, "sft-kto" if name == "demo" else name, demo=name == "demo")
+    if name in EXPORT_STAGES:
+        from core import commands_export
+
+        return int(getattr(commands_export, name)(arguments))
     if name == "plan":
         print(commands.resolved(arguments, arguments.method).as_yaml(), end="")
         return 0

@@ -146,6 +146,8 @@ class StageState:
     pid: int | None = None
     pid_started: float | None = None
     exit: str = ""
+    expected_s: float | None = None
+    """About how long it will take, told before it began."""
 
     def last(self, metric: str) -> float | None:
         """The newest finite value of a metric."""
@@ -238,6 +240,16 @@ class RunState:
         for stage in self.stages:
             if stage.state in ("running", "failed", "stopped", "aborted"):
                 stage.state = "waiting"
+
+    def _on_stages(self, event: Event) -> None:
+        """More was asked of the run than its plan had."""
+        names = [str(name) for name in event.get("stages", [])]
+        named = [self.stage(name) for name in names]
+        self.stages = [*named, *(stage for stage in self.stages if stage.name not in names)]
+
+    def _on_expected(self, event: Event) -> None:
+        for name, seconds in _mapping(event.get("seconds")).items():
+            self.stage(str(name)).expected_s = _finite(seconds) or None
 
     def _on_waiting(self, event: Event) -> None:
         self.waiting_for = str(event.get("device", "")), str(event.get("holder", ""))

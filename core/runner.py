@@ -20,9 +20,10 @@ from typing import IO, TYPE_CHECKING
 import psutil
 
 from core import __version__, gpu
+from core.artefacts import output_of
 from core.errors import FinetuiError
 from core.runs import Run, create_run, find_run, is_alive, process_lives, take_lock, write_holder
-from core.stages import TRAINING_STAGES
+from core.stages import EXPORT_STAGES, TRAINING_STAGES
 from core.turns import device_of, holder, take_turn
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ address): no file of the run has it, no trainer sees it, and a later `finetui re
 EXIT_STOPPED = 75
 EXIT_REFIT = 76
 """The trainer found that fewer rows fit at once, kept that with the run, and wants to be started again."""
+MODULES = {"evaluate": "core.evaluate", **dict.fromkeys(EXPORT_STAGES, "core.export")}
 POLL_S = 0.2
 SAMPLE_S = 5.0
 ABORT_GRACE_S = 15.0
@@ -158,21 +160,38 @@ class Runner:
             "run_start", version=__version__, python=sys.version.split()[0], host=platform.node(), pid=me.pid,
             pid_started=me.create_time(), resumed=not fresh,
         )  # fmt: skip
-        if ended := self._take_turn():
+        if self._needs_device() and (ended := self._take_turn()):
             return self._end(ended)
-        base = ""
-        for index, stage in enumerate(self.plan.stages):
-            if not self.run.stage_done(stage):
-                if self.run.abort_path.exists():
-                    return self._end("aborted")
-                if self.stop_asked():
-                    return self._end("stopped")
-                outcome = self._stage(index, stage, base)
-                if outcome != "done":
-                    return self._end(outcome)
-            if stage in TRAINING_STAGES:
-                base = stage
+        self._foretell()
+        while stage := next((stage for stage in self.plan.stages if not self.run.stage_done(stage)), ""):
+            if self.run.abort_path.exists():
+                return self._end("aborted")
+            if self.stop_asked():
+                return self._end("stopped")
+            index = self.plan.stages.index(stage)
+            trained = [name for name in self.plan.stages[:index] if name in TRAINING_STAGES]
+            outcome = self._stage(index, stage, trained[-1] if trained else "")
+            if outcome != "done":
+                return self._end(outcome)
+            self._look_for_wishes()
         return self._end("done")
+
+    def _look_for_wishes(self) -> None:
+        """What was asked of the run since it started joins the stages that are still ahead."""
+        with contextlib.suppress(FinetuiError, OSError):
+            self.plan.export = self.run.plan().export
+
+    def _foretell(self) -> None:
+        """Say how long the stages ahead will take, as far as earlier runs and sizes tell it."""
+        from core.outlook import expected_seconds
+
+        with contextlib.suppress(FinetuiError, OSError, ValueError):
+            if expected := expected_seconds(self.run, self.plan):
+                self.run.events.append("expected", seconds=expected)
+
+    def _needs_device(self) -> bool:
+        """Whether a stage is ahead that fills the device: what is made of a result can share it."""
+        return any(stage not in EXPORT_STAGES and not self.run.stage_done(stage) for stage in self.plan.stages)
 
     def _take_turn(self) -> str:
         """Take the device, waiting for it where the plan says so; the status where the run was ended meanwhile."""
@@ -209,7 +228,7 @@ class Runner:
         return 1 if status == "failed" else 0
 
     def _stage(self, index: int, stage: str, base: str) -> str:
-        module = "core.evaluate" if stage == "evaluate" else "core.train"
+        module = "core.train" if stage in TRAINING_STAGES else MODULES[stage]
         command = [sys.executable, "-P", "-m", module, str(self.run.path), stage, *([base] if base else [])]
         position = self.run.log_path.stat().st_size if self.run.log_path.exists() else 0
         with self.run.log_path.open("ab") as log:
@@ -226,7 +245,7 @@ class Runner:
         status = "aborted" if aborted else "stopped" if code == EXIT_STOPPED else "failed"
         if code == 0 and not aborted:
             status = "done" if self.run.stage_done(stage) else "failed"
-        output = self.run.stage_path(stage) if stage == "evaluate" else self.run.final_model(stage)
+        output = output_of(self.run, stage)
         self.run.events.append(
             "stage_end", index=index, name=stage, status=status, exit=_exit_words(code), exit_code=code,
             output=str(output.relative_to(self.run.path)) if status == "done" else None,
@@ -262,7 +281,8 @@ class Runner:
     def _explain_signal(self, stage: str, number: int) -> None:
         advice = f"`finetui resume {self.run.name}` goes on from the newest checkpoint."
         if number == getattr(signal, "SIGKILL", 9):
-            advice = f"If memory ran out, lower {stage}.batch_size or {stage}.max_length. {advice}"
+            if stage in TRAINING_STAGES:
+                advice = f"If memory ran out, lower {stage}.batch_size or {stage}.max_length. {advice}"
         self.run.events.append(
             "error", stage=stage, type="Killed", advice=advice,
             message=f"The trainer was ended by {_exit_words(-number)}.",

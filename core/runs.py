@@ -23,6 +23,7 @@ from core.errors import FinetuiError
 from core.events import EventLog, RunState, parse_line, state_of
 from core.notes import Note, read_note
 from core.paths import writing_whole
+from core.stages import EXPORT_STAGES
 
 if TYPE_CHECKING:  # a viewer of a thousand runs reads no plan: pydantic is a third of its start
     from core.config import Resolved
@@ -78,10 +79,11 @@ class Run:
         return EventLog(self.events_path)
 
     def plan(self) -> "Plan":
-        """The resolved plan this run was made with. Raises FinetuiError."""
+        """The resolved plan this run was made with, and what was asked of it later. Raises FinetuiError."""
+        from core.artefacts import with_request
         from core.config import load_plan
 
-        return load_plan(self.plan_path)
+        return with_request(load_plan(self.plan_path), self.path)
 
     def state(self) -> RunState:
         """The run as its events tell it."""
@@ -97,6 +99,10 @@ class Run:
         """Whether the stage's output is there, whole."""
         if stage == "evaluate":
             return (self.stage_path(stage) / "report.json").is_file()
+        if stage in EXPORT_STAGES:
+            from core.artefacts import made
+
+            return made(self, stage)
         return is_complete(self.final_model(stage))
 
     def newest_checkpoint(self, stage: str) -> Path | None:

@@ -19,6 +19,7 @@ from trl import KTOConfig, SFTConfig
 
 from core.errors import FinetuiError
 from core.fit import keep_batch, kept_batch, smaller_batches
+from core.lineage import file_hashes
 from core.plan import KTOPlan, Plan, SFTPlan, StagePlan
 from core.prepare import StageData, kto_weights, planned_steps, prepare
 from core.runner import EXIT_REFIT, EXIT_STOPPED
@@ -84,7 +85,7 @@ def train_stage(run: Run, plan: Plan, name: str, base: str, reporter: Reporter) 
         data = prepare(stage, name, loaded.template, reporter.detail, _progress(reporter))
         for text in data.notices:
             reporter.notice(text)
-        _store_report(folder, data)
+        _store_report(folder, data, file_hashes(stage, name))
     checkpoint = run.newest_checkpoint(name)
     build = kto_trainer if isinstance(stage, KTOPlan) else sft_trainer
     with reporter.phase("prepare"), adapter_kept(loaded.model):
@@ -115,11 +116,11 @@ def _progress(reporter: Reporter) -> Any:
     )
 
 
-def _store_report(folder: Path, data: StageData) -> None:
+def _store_report(folder: Path, data: StageData, hashes: dict[str, str]) -> None:
     from core.paths import writing_whole
 
     with writing_whole(folder / "data.json") as stream:
-        json.dump(data.report(), stream, indent=1, ensure_ascii=False)
+        json.dump({**data.report(), "sha256": hashes}, stream, indent=1, ensure_ascii=False)
 
 
 def _step_of(checkpoint: Path | None) -> int:

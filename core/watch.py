@@ -28,14 +28,17 @@ def console(stderr: bool = False) -> Console:
     return Console(stderr=stderr, soft_wrap=True)
 
 
-def follow(run: Run, *, as_json: bool = False, ask: bool = False) -> int:
+def follow(run: Run, *, as_json: bool = False, ask: bool = False, since: int = 0) -> int:
     """Print what happens until the run ends, and return its exit code.
 
     On a terminal a progress bar, else plain lines; with `as_json` every event. Ctrl-C leaves the run going; with
-    `ask` it asks whether to stop it with a checkpoint.
+    `ask` it asks whether to stop it with a checkpoint. Nothing is said of the first `since` bytes of the log.
     """
     view = _Json() if as_json else _Bar() if sys.stdout.isatty() else _Plain()
     tail, state = EventTail(run.events_path), RunState(name=run.name)
+    while tail.offset < since and (events := tail.read(since - tail.offset)):
+        for event in events:
+            state.fold(event)
     while True:
         try:
             with view:

@@ -409,7 +409,9 @@ def values_of(path: str) -> st.SearchStrategy[Any]:
     if path == "lora.target_modules":
         return st.lists(words, min_size=1, max_size=4)
     if option.kind is list:
-        return st.lists(st.sampled_from(["wandb", "tensorboard", "trackio"]), max_size=3)
+        return st.lists(st.sampled_from(option.choices), max_size=3, unique=True)
+    if path == "export.upload":
+        return st.sampled_from(["me/model", "my-team/Model_1.5"])
     kinds: dict[type, st.SearchStrategy[Any]] = {
         bool: st.booleans(), int: st.integers(8, 512), float: st.floats(1e-9, 0.5), str: words,
     }  # fmt: skip
