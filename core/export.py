@@ -5,9 +5,9 @@ import sys
 from pathlib import Path
 
 from core.plan import Plan
+from core.reporter import Reporter, Stopped
 from core.runner import EXIT_STOPPED
 from core.runs import Run
-from core.train_events import Reporter, Stopped
 
 
 def main() -> int:

@@ -35,9 +35,9 @@ from core.export_model import room_on_disk
 from core.gguf_tools import LLAMA_CPP, environment, need_tools
 from core.ollama import commands, modelfile
 from core.plan import Plan, Quantisation
+from core.reporter import Reporter, Stopped
 from core.runs import Run, is_complete
 from core.toolcalls import parse_tool_call, score_tool_call
-from core.train_events import Reporter, Stopped
 
 LEAST_AGREEMENT = 0.9
 WORRYING_AGREEMENT = 0.7

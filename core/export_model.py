@@ -33,9 +33,9 @@ from core.export_weights import BaseWeights
 from core.lineage import lineage_of
 from core.paths import writing_whole
 from core.plan import Plan
+from core.reporter import Reporter, Stopped
 from core.runs import Run, write_manifest
 from core.sources import ModelSource, model_source
-from core.train_events import Reporter, Stopped
 from core.train_model import load_tokenizer
 
 LEAST_AGREEMENT = 0.9

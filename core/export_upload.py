@@ -12,8 +12,8 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from core.artefacts import chosen, fingerprint, upload_wish, write_report
 from core.errors import FinetuiError
 from core.plan import Plan
+from core.reporter import Reporter, Stopped
 from core.runs import Run
-from core.train_events import Reporter, Stopped
 from core.upload import check_right, hub, hub_errors, look_at, refuse_mixture, refuse_repository, size_of, stale
 from core.upload import upload_files as files_of  # fmt: skip
 

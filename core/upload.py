@@ -66,9 +66,9 @@ def hub_errors(what: str) -> Iterator[None]:
         advice = TOKEN_ADVICE if code in (401, 403) else "Try later."
         raise FinetuiError(f"The Hub refuses {what}: {reason}.", advice, exit_code=1) from error
     except (httpx.HTTPError, OSError, RuntimeError, ValueError) as error:
-        cause = error.__cause__ or error
+        cause = type(error.__cause__ or error).__name__.removesuffix("Error").removesuffix("Exception")
         raise FinetuiError(
-            f"The Hub could not be reached for {what} ({type(cause).__name__}).",
+            f"The Hub could not be reached for {what} ({cause}).",
             "Check the network; what was uploaded already is not sent again.",
             exit_code=1,
         ) from error

@@ -222,6 +222,40 @@ def make_run(tmp_path: Path, tiny_model: Path, rows_file: Callable[..., Path]) -
             wait_until(lambda run=run: not is_alive(run), 60)
 
 
+Finished = Callable[..., Run]
+
+
+@pytest.fixture(scope="session")
+def tiny_adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter of the tiny model with random weights."""
+    from exports import save_adapter
+
+    folder = tmp_path_factory.mktemp("tiny-adapter") / "final_model"
+    save_adapter(tiny_model, folder)
+    return folder
+
+
+@pytest.fixture
+def finished(
+    folder: Path, tiny_model: Path, tiny_adapter: Path, rows_file: Callable[..., Path]
+) -> Iterator[Finished]:
+    """Makes runs of the tiny model whose training is over."""
+    from exports import finished_run
+
+    runs: list[Run] = []
+
+    def make(name: str = "one", **settings: Any) -> Run:
+        base, adapter = settings.pop("base", tiny_model), settings.pop("adapter", tiny_adapter)
+        runs.append(finished_run(folder, base, adapter, rows_file(), name, **settings))
+        return runs[-1]
+
+    yield make
+    for run in runs:
+        if run.path.exists() and is_alive(run):
+            runner.abort(run)
+            wait_until(lambda run=run: not is_alive(run), 60)
+
+
 def wait_until(condition: Callable[[], Any], limit_s: float = 120) -> Any:
     """Wait for `condition` to hold and return what it returned; fails the test after `limit_s`."""
     deadline = time.monotonic() + limit_s
