@@ -226,8 +226,9 @@ def check_merge(
     parameters: int, base: BaseModel, step: int, reporter: Reporter,
 ) -> dict[str, Any]:  # fmt: skip
     """Ask the trained model and the merged one the same; the figures, or why there are none."""
-    packed = plan.model.load_in_4bit or base.quantised or base.place != base.trained_on
-    reference = "4-bit base and adapter" if packed else "base and adapter"
+    packed = plan.model.load_in_4bit or base.quantised
+    elsewhere = "its own base and adapter" if base.place != base.trained_on else "base and adapter"
+    reference = "4-bit base and adapter" if packed else elsewhere
     if not asked:
         return {"skipped": "no prompts were wanted"}
     if why := answers.room_for(parameters, plan.device):
@@ -273,7 +274,9 @@ def _judge(found: dict[str, Any], plan: Plan, source: ModelSource, base: BaseMod
     if exact and share < LEAST_AGREEMENT:
         raise FinetuiError(words, "The base may not be the one it was trained on; nothing was kept.", exit_code=1)
     if not exact:
-        words += " It was trained on 4-bit weights and merged into 16-bit ones: that is the difference."
+        packed = found["reference"].startswith("4-bit")
+        how = "trained on 4-bit weights and merged into 16-bit ones" if packed else ""
+        words += f" It was {how or 'merged into other weights than it was trained on'}: that is the difference."
     reporter.notice(words, "warning" if share < WORRYING_AGREEMENT else "info")
 
 
