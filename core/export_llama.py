@@ -27,6 +27,7 @@ def library() -> Any:
         sys.path.append(folder)  # at the end: its copy of `gguf` must not shadow ours
     import cyllama.llama.llama_cpp as llama
 
+    os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # else an abort starts a debugger where there is one
     llama.disable_logging()
     return llama
 
@@ -93,22 +94,45 @@ class Llama:
         return torch.tensor(self._context.get_logits_ith(index), dtype=torch.float32)
 
 
+def _loaded(llama: Any, path: Path) -> Any:
+    """The file mapped into memory. Raises FinetuiError."""
+    settings = llama.LlamaModelParams()  # vocab_only would be enough for tokens, but makes cyllama 0.2.18 abort
+    settings.n_gpu_layers = 0
+    try:
+        return _counting(llama)(str(path), settings)
+    except Exception as error:  # what the binding raises has no type of its own
+        raise _refusal(path, error) from error
+
+
+def _refusal(path: Path, error: Exception) -> FinetuiError:
+    return FinetuiError(f"llama.cpp cannot load {path.name}: {error}.", "See train.log.", exit_code=1)
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[Llama]:
+    """`path` mapped into memory, to cut text into tokens. Raises FinetuiError when llama.cpp refuses it."""
+    llama = library()
+    model = _loaded(llama, path)
+    try:
+        yield Llama(llama, model, None)
+    finally:
+        model.close()
+
+
 @contextlib.contextmanager
 def speaking(path: Path, longest: int) -> Iterator[Llama]:
     """`path` loaded, with room for `longest` tokens. Raises FinetuiError when llama.cpp refuses it."""
     llama = library()
     model = context = None
     try:
+        model = _loaded(llama, path)
         try:
-            settings = llama.LlamaModelParams()
-            settings.n_gpu_layers = 0
-            model = _counting(llama)(str(path), settings)
             room = llama.LlamaContextParams()
             room.n_ctx, room.n_batch = max(longest, 64), BATCH
             room.n_threads = room.n_threads_batch = threads()
             context = llama.LlamaContext(model, room)
         except Exception as error:  # what the binding raises has no type of its own
-            raise FinetuiError(f"llama.cpp cannot load {path.name}: {error}.", "See train.log.", exit_code=1) from error
+            raise _refusal(path, error) from error
         yield Llama(llama, model, context)
     finally:
         for thing in (context, model):

@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +13,15 @@ import pytest
 from conftest import Finished, Refused, finish, wait_until
 from exports import save_adapter
 from safetensors.torch import load_file, save_file
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM
 
 from core import gguf_tools
 from core.artefacts import made, read_report
-from core.chat import LLAMA2_TEMPLATE, MISTRAL_TEMPLATE
+from core.chat import LLAMA2_TEMPLATE, MISTRAL_TEMPLATE, Template
 from core.cli import main
-from core.errors import FinetuiError
 from core.events import EventTail
-from core.export_gguf import _same_tokens
+from core.export_gguf import misread
 from core.ollama import FAMILIES, family_of, modelfile
 from core.runs import Run
 
@@ -75,6 +78,11 @@ def test_files_count_as_made_once_llama_cpp_has_answered_with_them(
     said = capfd.readouterr().out
     assert "ollama create smollm2-short-sft -f Modelfile" in said and "of the model's tokens" in said
     assert main(["gguf", "one", "--quant", "Q8_0"]) == 0 and "made already" in capfd.readouterr().err
+    tokenizer = AutoTokenizer.from_pretrained(short_run.path / "merge" / "merged_16bit")
+    assert misread(folder / names["Q8_0"], Template.of(tokenizer), []) == {}
+    tokenizer.backend_tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)  # digits are no longer set apart
+    cut_otherwise = misread(folder / names["Q8_0"], Template.of(tokenizer), [])
+    assert any("1234567" in text for text in cut_otherwise), "and it is noticed when they cut text differently"
 
 
 @needs_tools
@@ -120,14 +128,59 @@ def test_an_installation_that_fails_leaves_nothing_and_says_why(
     assert not list((tmp_path / "cache").iterdir())
 
 
-def test_text_that_is_cut_otherwise_is_an_error_that_shows_it(tokenizer: Any) -> None:
-    class Careless:
-        def tokens(self, text: str) -> list[int]:
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-            return ids if "1234567" not in text else [*ids[:4], ids[4] + 1, *ids[5:]]
+@needs_tools
+@pytest.mark.parametrize("scheme", ["legacy", "first"])
+def test_sentencepiece_tokenizers_cut_conversations_alike_in_llama_cpp(
+    finished: Finished, short_model: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str], scheme: str
+) -> None:
+    """Llama 2 puts a space in front of every stretch of text (legacy), Mistral in front of the first one only."""
+    base = sentencepiece_model(tmp_path / "spm", scheme)
+    save_adapter(base, tmp_path / "adapter")
+    run = finished(base=base, adapter=tmp_path / "adapter", export__check_prompts=1, export__check_tokens=2)
+    assert main(["gguf", "one", "--quant", "F16"]) == 0, capfd.readouterr().out
+    assert (run.path / "merge" / "merged_16bit" / "tokenizer.model").is_file()
+    assert len(phases(run, "convert")) == 1 and made(run, "gguf")
+    assert 'TEMPLATE """[INST]' in (run.path / "gguf" / "Modelfile").read_text()
+    file = next((run.path / "gguf").glob("*.gguf"))
+    tokenizer = AutoTokenizer.from_pretrained(run.path / "merge" / "merged_16bit")
+    assert misread(file, Template.of(tokenizer), []) == {}
 
-    with pytest.raises(FinetuiError, match=r"llama.cpp cuts '.*12.*' into other tokens"):
-        _same_tokens(Careless(), tokenizer, [])  # type: ignore[arg-type]
+
+def sentencepiece_model(folder: Path, scheme: str) -> Path:
+    """A tiny Mistral with a SentencePiece tokenizer learnt from this file."""
+    folder.mkdir()
+    code = f"""
+import io, sentencepiece
+model = io.BytesIO()
+lines = open({__file__!r}, encoding="utf-8").read().splitlines()
+sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(lines), model_writer=model, vocab_size=700, model_type="bpe", byte_fallback=True,
+    split_digits=True, normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
+    allow_whitespace_only_pieces=True)
+open({str(folder / "tokenizer.model")!r}, "wb").write(model.getvalue())
+from transformers import AutoTokenizer
+AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})
+"""
+    (folder / "config.json").write_text('{"model_type": "mistral", "architectures": ["MistralForCausalLM"]}')
+    words = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "model_max_length": 2048}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", **words}))
+    environment = gguf_tools.environment(gguf_tools.tools_folder())
+    subprocess.run([sys.executable, "-P", "-c", code], env=environment, check=True, capture_output=True)
+    made_of = json.loads((folder / "tokenizer.json").read_text())
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+    legacy = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "\u2581"}, replace]}
+    first = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": False}
+    made_of |= {"normalizer": legacy, "pre_tokenizer": None} if scheme == "legacy" else {
+        "normalizer": None, "pre_tokenizer": first}  # fmt: skip
+    (folder / "tokenizer.json").write_text(json.dumps(made_of))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": MISTRAL_TEMPLATE, **words}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    shape = MistralConfig(
+        vocab_size=700, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=2048, sliding_window=None,
+    )  # fmt: skip
+    MistralForCausalLM(shape).save_pretrained(folder)
+    return folder
 
 
 # Ollama --------------------------------------------------------------------------------------------------------------
