@@ -126,7 +126,7 @@ def ask_for(run: "Run", plan: "Plan") -> None:
     """Keep what `plan` wants exported with the run, and tell its viewers. A runner that is alive will find it."""
     with writing_whole(run.path / REQUEST) as stream:
         stream.write(plan.export.model_dump_json(indent=1) + "\n")
-    run.events.append("stages", stages=plan.stages)
+    run.events.append("stages", stages=plan.stages, ahead=[name for name in plan.stages if not run.stage_done(name)])
 
 
 # What is made ---------------------------------------------------------------------------------------------------------

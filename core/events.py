@@ -15,8 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from core.stages import EXPORT_STAGES
+
 VERSION = 1
 MAX_TEXT = 20_000
+MAX_ARTEFACTS = 50
 MAX_T = 4e9  # the year 2096; a larger time is no time, and clocks cannot show it
 COUNTS = ("steps", "batch", "rows", "examples", "held_out", "left_out", "tokens", "trained_tokens", "trainable")
 NO_METRICS = frozenset(("t", "step", "epoch", "nonfinite"))
@@ -195,6 +198,10 @@ class RunState:
     errors: list[Event] = field(default_factory=list)
     samples: list[Event] = field(default_factory=list)
     result: Event = field(default_factory=dict)
+    artefacts: dict[str, Event] = field(default_factory=dict)
+    """What was made of the result, by what it is: ``merged_16bit``, ``Q4_K_M``, ``upload``."""
+    paused_s: float = 0.0
+    """Seconds between the ends of this run and its resumptions."""
     nonfinite: int = 0
     waiting_for: tuple[str, str] | None = None
     """The device, and the run that trains there, while this one waits for its turn."""
@@ -209,9 +216,10 @@ class RunState:
 
     @property
     def current(self) -> StageState | None:
-        """The stage that runs or ran last."""
+        """The stage that runs, else the last that did."""
         begun = [stage for stage in self.stages if stage.state != "waiting"]
-        return begun[-1] if begun else None
+        running = [stage for stage in begun if stage.state == "running"]
+        return (running or begun)[-1] if begun else None
 
     def fold(self, event: Event) -> None:
         """Take one event in. Unknown kinds and missing fields are passed over."""
@@ -234,6 +242,7 @@ class RunState:
 
     def _on_run_start(self, event: Event) -> None:
         self.started = self.started or event["t"]
+        self.paused_s += max(0.0, event["t"] - self.ended) if self.ended else 0.0
         self.ended, self.end_status = None, None
         self.errors = []
         self.start, self.waiting_for = event, None
@@ -245,6 +254,9 @@ class RunState:
         """More was asked of the run than its plan had."""
         names = [str(name) for name in event.get("stages", [])]
         named = [self.stage(name) for name in names]
+        for name in event.get("ahead", []):
+            if self.stage(str(name)).state != "running":
+                self.stage(str(name)).state = "waiting"
         self.stages = [*named, *(stage for stage in self.stages if stage.name not in names)]
 
     def _on_expected(self, event: Event) -> None:
@@ -258,6 +270,8 @@ class RunState:
         self.waiting_for = None
         stage = self.stage(str(event.get("name", "")))
         stage.state, stage.started, stage.ended, stage.exit = "running", event["t"], None, ""
+        if stage.name in EXPORT_STAGES:  # made anew, where trainers go on
+            stage.step, stage.total_steps, stage.pace, stage.phase_seconds = 0, 0, [], {}
         stage.base = str(event.get("base", ""))
         stage.pid, stage.pid_started = _count(event.get("pid")) or None, _finite(event.get("pid_started")) or None
         stage.phase, stage.detail = "start", ""
@@ -307,6 +321,12 @@ class RunState:
 
     def _on_checkpoint(self, event: Event) -> None:
         self.stage(str(event.get("stage", ""))).checkpoints.append(_count(event["step"]))
+
+    def _on_artefact(self, event: Event) -> None:
+        _count(event.get("bytes"))
+        _finite(_mapping(event.get("check")).get("token_agreement"))
+        if len(self.artefacts) < MAX_ARTEFACTS:
+            self.artefacts[str(event.get("what", ""))] = event
 
     def _on_gpu(self, event: Event) -> None:
         self.gpu.append(event)

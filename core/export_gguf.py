@@ -43,8 +43,8 @@ from core.toolcalls import parse_tool_call, score_tool_call
 
 LEAST_AGREEMENT = 0.9
 WORRYING_AGREEMENT = 0.7
-PART = 100
-"""Units of progress that a conversion counts for."""
+PART = 8
+"""Units of progress that a conversion counts for, a prompt being one: about what they take."""
 POLL_S = 0.3
 PREFERRED: tuple[Quantisation, ...] = ("Q4_K_M", "Q5_K_M", "Q8_0", "F16")
 NO_CONVERTER = (

@@ -73,7 +73,7 @@ def _merge_16bit(run: Run, plan: Plan, trained: Trained, report: dict[str, Any],
         questions = answers.questions(plan, template, reporter.detail)
         parameters = sum(int(torch.tensor(weights.shape(name)).prod()) for name in weights.names)
     steps = sum(len(shard) for shard in layout.shards)
-    reporter.event("totals", steps=steps + 2 * len(questions))
+    reporter.event("totals", steps=steps + 2 * len(questions) * _weight(steps))
     with reporter.phase("merge", f"{len(layout.updates)} of {steps} tensors change"):
         said = 0
 
@@ -239,17 +239,22 @@ def check_merge(
     for number, question in enumerate(asked, 1):
         replies.append(answers.greedy(model, question.ids, plan.export.check_tokens, ends))
         expected.append(answers.forced(model, question.ids, replies[-1]))
-        _step(reporter, step + number, f"trained model: {number} of {len(asked)} prompts")
+        _step(reporter, step + number * _weight(step), f"trained model: {number} of {len(asked)} prompts")
     del model
     answers.forget()
     merged = answers.exported_model(folder, plan.device)
     seen = []
     for number, (question, reply) in enumerate(zip(asked, replies, strict=True), 1):
         seen.append(answers.forced(merged, question.ids, reply))
-        _step(reporter, step + len(asked) + number, f"merged model: {number} of {len(asked)} prompts")
+        _step(reporter, step + (len(asked) + number) * _weight(step), f"merged model: {number} of {len(asked)} prompts")
     del merged
     answers.forget()
     return {"reference": reference, **answers.compare(asked, replies, expected, seen).as_json()}
+
+
+def _weight(tensors: int) -> int:
+    """Units of progress that a prompt counts for, a tensor being one: so many that both take about as long."""
+    return max(1, tensors // 16)
 
 
 def _step(reporter: Reporter, step: int, detail: str) -> None:

@@ -363,7 +363,7 @@ def summary(run: Run, tail_bytes: int = 65_536) -> dict[str, Any]:
         "pinned": note.pinned,
         "created": state.created,
         "started": state.started,
-        "duration_s": round(until - begun, 1) if begun and until else None,
+        "duration_s": round(max(0.0, until - begun - state.paused_s), 1) if begun and until else None,
         "stage": current.name if current else None,
         "step": current.step if current else 0,
         "loss": next((stage.last("loss") for stage in reversed(training) if stage.last("loss") is not None), None),

@@ -26,6 +26,7 @@ from tui.follow import Follower, LogTail, Recording, Snapshot
 from tui.report import (
     STAGE_NAMES,
     alert_words,
+    can_be_exported,
     can_go_on_with_kto,
     end_words,
     final_model,
@@ -58,6 +59,7 @@ class DashboardScreen(RunRoom):
         Binding("a", "abort", "Abort"),
         Binding("r", "resume", "Resume"),
         Binding("k", "kto", "KTO from here"),
+        Binding("u", "export", "Merge, GGUF, upload"),
         Binding("l", "log", "Log"),
         Binding("m", "panel(1)", "Next curves", show=False),
         Binding("M", "panel(-1)", "Curves before", show=False),
@@ -233,6 +235,8 @@ class DashboardScreen(RunRoom):
             return ended and not isinstance(self.run_shown, Recording)
         if action == "kto":
             return self.snapshot is not None and can_go_on_with_kto(self.snapshot)
+        if action == "export":
+            return self.snapshot is not None and can_be_exported(self.snapshot)
         if action == "copy":
             return self.snapshot is not None
         return True
@@ -296,6 +300,15 @@ class DashboardScreen(RunRoom):
 
     def action_kto(self) -> None:
         self.post_message(self.GoOn(self.run_shown))
+
+    def action_export(self) -> None:
+        from tui.export import ExportScreen
+
+        def answered(started: bool | None) -> None:
+            if started:
+                self.wake.set()
+
+        self.app.push_screen(ExportScreen(self.run_shown), answered)
 
     def action_paths(self) -> None:
         if self.snapshot:

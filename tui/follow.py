@@ -87,9 +87,9 @@ class Snapshot:
 
     @property
     def took_s(self) -> float | None:
-        """Seconds since the first start."""
+        """Seconds since the first start, pauses left out."""
         begun = self.state.started or self.state.created
-        return max(0.0, self.until - begun) if begun else None
+        return max(0.0, self.until - begun - self.state.paused_s) if begun else None
 
     @property
     def memory(self) -> str:
@@ -331,6 +331,7 @@ def _copied(state: RunState) -> RunState:
         notices=state.notices[-50:],
         errors=state.errors[-5:],
         samples=[],
+        artefacts=dict(state.artefacts),
     )
 
 

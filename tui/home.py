@@ -66,6 +66,7 @@ class HomeScreen(RunRoom):
         Binding("slash", "filter", "Filter", key_display="/"),
         Binding("space", "mark", "Mark for comparing", show=False),
         Binding("c", "compare", "Compare the marked runs", show=False),
+        Binding("u", "export", "Merge, GGUF, upload", show=False),
         Binding("p", "pin", "Pin", show=False),
         Binding("t", "note", "Write a note", show=False),
         Binding("o", "paths", "Every path of the run", show=False),
@@ -323,7 +324,7 @@ class HomeScreen(RunRoom):
             return status in ("stopped", "aborted", "failed", "crashed")
         if action == "delete":
             return status is not None and status not in LIVE
-        if action in ("again", "compare", "pin", "note", "paths", "mark", "filter"):
+        if action in ("again", "compare", "export", "pin", "note", "paths", "mark", "filter"):
             return bool(self.all_rows)
         if action == "unfilter":
             return bool(self.sought) or self.query_one("#filter").display
@@ -436,6 +437,17 @@ class HomeScreen(RunRoom):
                     self.do(lambda: write_note(run.path, replace(before, text=words)))
 
             self.app.push_screen(Ask(f"Note on {run.name}", before.text, may_be_empty=True), answered)
+
+    def action_export(self) -> None:
+        """What to make of the selected run; its dashboard follows once it is started."""
+        if run := self._run():
+            from tui.export import ExportScreen
+
+            def answered(started: bool | None) -> None:
+                if started:
+                    self.app.push_screen(DashboardScreen(run))
+
+            self.app.push_screen(ExportScreen(run), answered)
 
     def action_paths(self) -> None:
         if self._snapshot and self._snapshot.run.name == self.selected:
