@@ -29,6 +29,9 @@ def make_plan(
     for section in [*sections, found.plan.evaluate]:
         if section.file:
             section.file = str(Path(section.file).expanduser().absolute())
+    base = found.plan.export.base
+    if base and Path(base).expanduser().is_dir():
+        found.plan.export.base = str(Path(base).expanduser().absolute())
     return settle(found)
 
 

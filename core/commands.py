@@ -97,6 +97,10 @@ def preflight(plan: Plan) -> list[str]:
                 notices.append(f"{stage.upper()}: {len(rows.left_out)} of {rows.total} rows are left out: {reasons}")
     if plan.method == "kto" and not source.adapter and not plan.model.name.startswith("run:"):
         notices.append("KTO alone from a model that was not fine-tuned here: SFT first usually works better.")
+    if plan.export.stages:
+        from core.commands_export import check_wishes
+
+        notices += [line for line in check_wishes(plan, None) if not line.startswith("Disk: ")]
     if plan.evaluate.enabled and plan.evaluate.file:
         read_rows(Path(plan.evaluate.file), "sft")
     elif plan.evaluate.enabled:

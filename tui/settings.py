@@ -29,6 +29,7 @@ GROUPS = {
     "sft": "SFT",
     "kto": "KTO",
     "evaluate": "Evaluation",
+    "export": "After training: merge, GGUF, upload",
     "tracking": "Trackers",
 }
 CHOICE_WIDTH = 22
@@ -215,8 +216,8 @@ class ReviewPage(Page):
         plan = found.resolved.plan
         model = clean(plan.model.name or "a model", 60)
         rows = ", ".join(f"{stage.upper()} on {rows_words(plan, stage)}" for stage in plan.training_stages)
-        scored = ", then a score on held-out prompts" if plan.evaluate.enabled else ""
-        self.query_one("#what", Words).say(Content.assemble((model, "bold"), "\n", f"{clean(rows, 300)}{scored}"))
+        then = clean(after_words(plan), 200)
+        self.query_one("#what", Words).say(Content.assemble((model, "bold"), "\n", f"{clean(rows, 300)}{then}"))
         self.query_one("#plan", Words).say(plan_words(found, self.draft.stages))
 
     def command(self, words: str) -> None:
@@ -231,6 +232,19 @@ class ReviewPage(Page):
         for name, words, hue in forecast.lines:
             for line in self.query(f"#forecast-{name.lower()}").results(Words):
                 line.say(Content.styled(clean(words, 800), hue))
+
+
+def after_words(plan: Plan) -> str:
+    """What follows the training, in a few words; empty for nothing."""
+    export = plan.export
+    parts = ["a score on held-out prompts"] if plan.evaluate.enabled else []
+    if export.merged_forms:
+        parts.append(f"merge ({export.merged_forms[-1].removeprefix('merged_').replace('bit', '-bit')})")
+    if export.gguf:
+        parts.append(f"GGUF {', '.join(export.gguf)}")
+    if export.upload:
+        parts.append(f"upload to {export.upload} ({'private' if export.private else 'public if it is new'})")
+    return f", then {', '.join(parts)}" if parts else ""
 
 
 def rows_words(plan: Plan, stage: str) -> str:
