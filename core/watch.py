@@ -12,6 +12,7 @@ from rich.text import Text
 
 from core.events import Event, EventTail, RunState, StageState
 from core.runs import Run, is_alive, request_stop, status, summary
+from core.stages import EXPORT_STAGES
 from core.text import clean, duration, number
 
 POLL_S = 0.5
@@ -284,8 +285,10 @@ def show_end(out: Console, run: Run, state: RunState, end: str) -> None:
     if (table := shown_result(state.result)) is not None:
         out.print(table)
     for stage in state.stages:
-        if stage.output and stage.state == "done":
+        if stage.output and stage.state == "done" and stage.name not in EXPORT_STAGES:
             say(f"{stage.name}: {run.path / stage.output}")
+    for what, event in state.artefacts.items():
+        say(f"{what}: {event.get('path') if '://' in str(event.get('path')) else run.path / str(event.get('path'))}")
     if end in ("failed", "crashed"):
         for error in state.errors[-1:]:
             say(str(error.get("message", ""))[:600], "red")

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -254,6 +255,26 @@ def finished(
         if run.path.exists() and is_alive(run):
             runner.abort(run)
             wait_until(lambda run=run: not is_alive(run), 60)
+
+
+@pytest.fixture(scope="session")
+def short_model(demo_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """SmolLM2 with its first two layers only, real tokenizer and all; and an adapter for it."""
+    from exports import save_adapter
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path_factory.mktemp("short") / "SmolLM2-short"
+    folder.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copyfile(demo_model_dir / name, folder / name)
+    config = json.loads((demo_model_dir / "config.json").read_text()) | {"num_hidden_layers": 2}
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = load_file(demo_model_dir / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if ".layers." not in name or ".layers.0." in name}
+    kept |= {name: tensor for name, tensor in weights.items() if ".layers.1." in name}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    save_adapter(folder, folder.parent / "adapter")
+    return folder, folder.parent / "adapter"
 
 
 def wait_until(condition: Callable[[], Any], limit_s: float = 120) -> Any:

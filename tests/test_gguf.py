@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +11,6 @@ from typing import Any
 import pytest
 from conftest import Finished, Refused, finish, wait_until
 from exports import save_adapter
-from safetensors.torch import load_file, save_file
 from tokenizers.normalizers import Lowercase
 from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM
 
@@ -26,23 +24,6 @@ from core.ollama import FAMILIES, family_of, modelfile
 from core.runs import Run
 
 needs_tools = pytest.mark.skipif(not gguf_tools.installed(), reason="finetui gguf --install was not run")
-
-
-@pytest.fixture(scope="session")
-def short_model(demo_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """SmolLM2 with its first two layers only, real tokenizer and all; and an adapter for it."""
-    folder = tmp_path_factory.mktemp("short") / "SmolLM2-short"
-    folder.mkdir()
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-        shutil.copyfile(demo_model_dir / name, folder / name)
-    config = json.loads((demo_model_dir / "config.json").read_text()) | {"num_hidden_layers": 2}
-    (folder / "config.json").write_text(json.dumps(config))
-    weights = load_file(demo_model_dir / "model.safetensors")
-    kept = {name: tensor for name, tensor in weights.items() if ".layers." not in name or ".layers.0." in name}
-    kept |= {name: tensor for name, tensor in weights.items() if ".layers.1." in name}
-    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
-    save_adapter(folder, folder.parent / "adapter")
-    return folder, folder.parent / "adapter"
 
 
 @pytest.fixture

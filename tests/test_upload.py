@@ -2,15 +2,16 @@
 
 import json
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Finished, Refused, finish, wait_until
+from conftest import Finished, MakeRun, Refused, finish, wait_until
 from hub import FINE, READ, WRITE, WRONG, Hub, Repo
 from huggingface_hub import ModelCard, constants
 
-from core import runner
+from core import gguf_tools, runner
 from core.artefacts import made, read_report
 from core.cli import main
 from core.errors import FinetuiError
@@ -112,6 +113,47 @@ def test_the_next_upload_takes_away_the_weights_of_the_one_before(hub: Hub, fini
     files = hub.repos["me/model"].files
     assert "adapter_model.safetensors" in files and "notes.md" in files
     assert not {"model.safetensors", "model-00009-of-00009.safetensors"} & set(files)
+
+
+@pytest.mark.skipif(not gguf_tools.installed(), reason="finetui gguf --install was not run")
+def test_the_whole_way_from_rows_to_the_hub_is_one_run(
+    hub: Hub, make_run: MakeRun, short_model: tuple[Path, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(
+        model__name=str(short_model[0]), sft__max_steps=2, sft__save_steps=2, export__gguf=["Q8_0"],
+        export__upload="me/whole", export__private=True, export__check_prompts=1, export__check_tokens=4,
+    )  # fmt: skip
+    runner.start(run)
+    assert finish(run) == "done"
+    state = run.state()
+    assert [(stage.name, stage.state) for stage in state.stages] == [
+        (name, "done") for name in ("sft", "merge", "gguf", "upload")
+    ]
+    assert list(state.artefacts) == ["merged_16bit", "Q8_0", "upload"]
+    assert all(state.stage(name).expected_s for name in ("merge", "gguf", "upload"))
+    repo = hub.repos["me/whole"]
+    assert repo.private and {"model.safetensors", "SmolLM2-short-sft.Q8_0.gguf", "Modelfile"} <= set(repo.files)
+    card = ModelCard(repo.files["README.md"].decode())
+    assert "gguf" in card.data.tags and "llama-server -hf me/whole:Q8_0" in card.text
+    digest = json.loads((run.stage_path("sft") / "data.json").read_text())["sha256"]["rows.jsonl"]
+    assert digest in card.text and "40 rows, 20 trained on, 20 left out" in card.text
+    assert main(["show", "one" if run.name == "one" else run.name]) == 0
+    said = capfd.readouterr().out
+    assert f"upload: {hub.url}/me/whole" in said and "Q8_0: " in said
+
+
+def test_what_would_fail_after_hours_of_training_is_refused_before_the_run_is_made(
+    hub: Hub, refused: Refused, tiny_model: Path, rows_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["sft", "--model-name", tiny_model, "--local-file", rows_file(), "--upload", "me/model"]
+    assert "stranger is neither you" in refused(*command[:-1], "stranger/model")
+    monkeypatch.setenv("HF_TOKEN", READ)
+    assert "may only read" in refused(*command)
+    monkeypatch.setenv("HF_TOKEN", WRITE)
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr("core.outlook.shutil.disk_usage", lambda place: usage._replace(free=1000))
+    assert "What is made after training takes" in refused(*command, code=3)
+    monkeypatch.undo()
 
 
 # Before the first byte ------------------------------------------------------------------------------------------------
