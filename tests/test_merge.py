@@ -266,3 +266,26 @@ def test_scale_is_alpha_over_r_or_its_root(build: Build) -> None:
     config = json.loads((adapter / "adapter_config.json").read_text()) | {"use_rslora": True}
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     assert Adapter(adapter).scale("model.layers.0.self_attn.q_proj", 4) == 16 / math.sqrt(4)
+
+
+def test_smollm2_merged_gives_the_answers_and_logits_of_base_and_adapter(demo_model_dir: Path, tmp_path: Path) -> None:
+    """The real small model, in float32 on both sides: its own greedy answer, token by token."""
+    from exports import save_adapter
+    from transformers import AutoTokenizer
+
+    save_adapter(demo_model_dir, tmp_path / "adapter", target_modules=ALL, r=16, lora_alpha=32)
+    folder = merge(demo_model_dir, tmp_path / "adapter", tmp_path / "merged")
+    tokenizer = AutoTokenizer.from_pretrained(demo_model_dir)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is 12 + 34?"}], add_generation_prompt=True, return_tensors="pt"
+    )["input_ids"]
+    merged, separate, plain = loaded(folder), loaded(demo_model_dir, tmp_path / "adapter"), loaded(demo_model_dir)
+    answers = [
+        model.eval().generate(prompt, max_new_tokens=12, do_sample=False, pad_token_id=2)[0].tolist()
+        for model in (merged, separate)
+    ]
+    assert answers[0] == answers[1]
+    with torch.no_grad():
+        one, other, before = (model(input_ids=torch.tensor([answers[0]])).logits for model in (merged, separate, plain))
+    assert (other - before).abs().max() > 0.5, "the adapter does something"
+    torch.testing.assert_close(one, other, atol=2e-3, rtol=1e-3)
