@@ -114,7 +114,8 @@ def check_export(run: Run, plan: Plan) -> list[str]:
             )
     lines = check_wishes(plan, run)
     done = [stage for stage in plan.export.stages if not is_alive(run) and made(run, stage)]
-    return [f"{run.name}: {', then '.join(stage for stage in plan.export.stages if stage not in done)}", *lines]
+    ahead = [stage for stage in plan.export.stages if stage not in done]
+    return [f"{run.name}: {', then '.join(ahead) or 'all of that is made already'}", *lines]
 
 
 def check_wishes(plan: Plan, run: Run | None) -> list[str]:

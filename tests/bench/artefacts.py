@@ -3,9 +3,9 @@
 usage: python tests/bench/artefacts.py [--runs DIR] [--prompts 24]
 
 Trains the demo's SFT for a few steps (or takes the finished run `bench` in DIR), then merges and makes F16, Q8_0,
-Q5_K_M and Q4_K_M through the product, each stage a child of the run's own runner. Prints seconds of each phase, the largest
-resident memory of each stage's process as the runner sampled it, sizes, and the agreement of every file. With --merge a
-merge alone is timed in this process, and its peak memory taken: of a model folder and a random adapter.
+Q5_K_M and Q4_K_M through the product, each stage a child of the run's own runner. Prints seconds of each phase, the
+largest resident memory of each stage's process as the runner sampled it, sizes, and the agreement of every file. With
+--merge MODEL_DIR a merge alone is timed in this process, and its peak memory taken: a random adapter on that model.
 """
 
 import argparse
@@ -91,7 +91,8 @@ def report(run: Run, events: list[dict[str, Any]]) -> None:
 def words(check: dict[str, Any]) -> str:
     return (
         f"{100 * check['token_agreement']:.2f} % of {check['tokens']} tokens, "
-        f"{check['same_answers']}/{check['prompts']} answers, largest logit difference {check['max_logit_difference']:.3g}, mean KL {check['mean_kl']:.2g}"
+        f"{check['same_answers']}/{check['prompts']} answers, largest logit difference "
+        f"{check['max_logit_difference']:.3g}, mean KL {check['mean_kl']:.2g}"
     )
 
 

@@ -2,8 +2,8 @@
 
 usage: python tests/bench/gpu_merge.py MODEL_DIR WORK_DIR [--steps 3] [--backend trl]
 
-Needs an NVIDIA GPU with bitsandbytes, and a model folder in 16 bit (safetensors, tokenizer with a chat template). Through
-the product: a few steps of SFT in 4 bit on rows made here; `merged_16bit` and `merged_4bit` by the run's own stages.
+Needs an NVIDIA GPU with bitsandbytes, and a model folder in 16 bit (safetensors, tokenizer with a chat template).
+Through the product: a few steps of SFT in 4 bit on rows made here; `merged_16bit` and `merged_4bit` by its own stages.
 Then, each in a process of its own, so that memory is really given back:
 
   equal    merged_16bit, read back with transformers, against the 16-bit base with PEFT's adapter on it: logits, greedy
@@ -75,7 +75,8 @@ def train(options: argparse.Namespace) -> Run:
         "name": f"merge-{int(time.time())}", "model.name": str(options.model.absolute()), "model.load_in_4bit": True,
         "backend": options.backend, "lora.r": 32, "lora.alpha": 64, "sft.data.file": str(rows.absolute()),
         "sft.max_steps": options.steps, "sft.save_steps": options.steps, "sft.batch_size": 4, "sft.learning_rate": 1e-3,
-        "sft.gradient_accumulation_steps": 1, "sft.logging_steps": 1, "export.check_prompts": 4, "export.check_tokens": 16,
+        "sft.gradient_accumulation_steps": 1, "sft.logging_steps": 1, "export.check_prompts": 4,
+        "export.check_tokens": 16,
     }  # fmt: skip
     values = {key: (value, "bench") for key, value in settings.items()}
     run = create_run(options.work / "runs", settle(resolve("sft", None, values, gpu_present=True)))
@@ -136,13 +137,9 @@ def asked(folder: Path) -> list[list[int]]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    return [
-        tokenizer(
-            tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True),
-            add_special_tokens=False,
-        )["input_ids"]
-        for text in PROMPTS
-    ]  # fmt: skip
+    turns = [[{"role": "user", "content": text}] for text in PROMPTS]
+    texts = [tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) for turn in turns]
+    return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
 
 
 def logits_of(model: Any, prompts: list[list[int]]) -> list[Any]:
@@ -206,9 +203,8 @@ def equal(path: str, model: str) -> None:
     check("equal: it is stored in 16 bit", merged.dtype.itemsize == 2, merged.dtype)
     ours, own = logits_of(merged, prompts), greedy_of(merged, prompts)
     moved, apart, peft = differ(separate, plain), differ(ours, separate), differ(ours, rounded)
-    print(
-        f"SEEN equal: adapter moves logits by {moved}, merged against base + adapter {apart}, against PEFT's merge {peft}"
-    )
+    print(f"SEEN equal: the adapter moves logits by {moved}")
+    print(f"SEEN equal: merged differs from base + adapter by {apart}, from PEFT's merge by {peft}")
     check("equal: the adapter moves the logits", moved[1] > 0.01, moved)
     check("equal: merged is base + adapter up to rounding to bf16", apart[1] < 0.05 and apart[1] < moved[1] / 3, apart)
     check("equal: merged is as near PEFT's own merge", peft[1] < 0.05, peft)
@@ -230,9 +226,8 @@ def apart(path: str, model: str) -> None:
     forget()
     merged = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map={"": 0}).eval()
     found = differ(logits_of(merged, prompts), trained)
-    print(
-        f"SEEN apart: largest logit difference {found[0]:.3f}, relative {found[1]:.4f}, same token {100 * found[2]:.1f} %"
-    )
+    same = f"same token {100 * found[2]:.1f} %"
+    print(f"SEEN apart: largest logit difference {found[0]:.3f}, relative {found[1]:.4f}, {same}")
     check("apart: the difference is that of 4-bit weights, not of another model", found[1] < 0.6, found)
 
 
