@@ -29,6 +29,8 @@ def make_plan(
     for section in [*sections, found.plan.evaluate]:
         if section.file:
             section.file = str(Path(section.file).expanduser().absolute())
+    if found.plan.evaluate.tools:
+        found.plan.evaluate.tools = str(Path(found.plan.evaluate.tools).expanduser().absolute())
     return settle(found)
 
 

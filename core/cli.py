@@ -2,7 +2,8 @@
 ``check``, ``doctor`` and ``plan``.
 
 The flags of the training commands are made from the plan. This module owns standard error and exit codes: 0 done,
-1 the run failed, 2 bad usage, plan or data, 3 no device or no room, 130 interrupted.
+1 the run failed, 2 bad usage, plan or data, 3 no device or no room, 4 an evaluation below what was asked of it,
+130 interrupted.
 """
 
 import argparse
@@ -24,6 +25,9 @@ if TYPE_CHECKING:  # `finetui` alone becomes the app at once
 
 # Shared flags that would set SFT and KTO to the same value where that cannot be meant.
 ONE_STAGE_ONLY = {"--learning-rate": "learning_rate"}
+
+
+RESULT_COMMANDS = {"eval": "evaluate"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -136,8 +140,7 @@ def build_parser() -> Parser:
         ("delete", "remove a run's directory"),
     ):  # fmt: skip
         command = commands.add_parser(name, help=text)
-        command.add_argument("run", metavar="RUN", help="name, unique prefix, or `last`")
-        command.add_argument("--runs-dir", type=Path, metavar="DIR", help="folder of the runs")
+        _of_run(command)
         if name in ("show", "watch"):
             command.add_argument("--json", action="store_true", help="JSON instead of text")
         if name == "watch":
@@ -148,6 +151,7 @@ def build_parser() -> Parser:
             _on_end(command)
         if name == "delete":
             command.add_argument("--yes", action="store_true", help="do not ask")
+    _eval_command(commands.add_parser("eval", help="answer held-out prompts with what a run made, and score them"))
     command = commands.add_parser("runs", help="the history")
     command.add_argument("--runs-dir", type=Path, metavar="DIR", help="folder of the runs")
     command.add_argument("--json", action="store_true", help="JSON instead of a table")
@@ -159,6 +163,38 @@ def build_parser() -> Parser:
     command = commands.add_parser("doctor", help="what is installed, GPU, driver, disk, hub access, WSL2")
     command.add_argument("--json", action="store_true", help="JSON instead of a table")
     return parser
+
+
+def _of_run(command: argparse.ArgumentParser) -> None:
+    command.add_argument("run", metavar="RUN", help="name, unique prefix, or `last`")
+    command.add_argument("--runs-dir", type=Path, metavar="DIR", help="folder of the runs")
+
+
+EVAL_FLAGS = ("max_prompts", "max_new_tokens", "batch_size", "temperature", "loss")
+
+
+def _eval_command(command: argparse.ArgumentParser) -> None:
+    from core.plan import EvaluatePlan, options
+
+    _of_run(command)
+    known = {option.path: option for option in options(EvaluatePlan)}
+    command.add_argument(
+        "--file", type=Path, metavar="FILE", help="prompts to answer (default: the run's held-out rows)"
+    )
+    command.add_argument("--tools", type=Path, metavar="FILE", help=known["tools"].help)
+    command.add_argument(
+        "--ignore-argument", action="append", metavar="NAME", help="an argument that is not compared; may be repeated"
+    )
+    for name in EVAL_FLAGS:
+        option = known[name]
+        shape: dict[str, Any] = {"choices": option.choices} if option.choices else {"type": option.kind, "metavar": "N"}
+        command.add_argument(f"--{name.replace('_', '-')}", help=_help([option]), **shape)
+    command.add_argument(
+        "--fail-under", action="append", default=[], metavar="METRIC=SHARE",
+        help="exit with 4 where the last model (or MODEL.METRIC) does not reach the share; may be repeated",
+    )  # fmt: skip
+    command.add_argument("--detach", action="store_true", help="start and return; `finetui watch` follows")
+    command.add_argument("--json", action="store_true", help="print the report as one JSON object")
 
 
 def _following(command: argparse.ArgumentParser) -> None:
@@ -219,6 +255,10 @@ def _dispatch(arguments: argparse.Namespace) -> int:
     if name == "plan":
         print(commands.resolved(arguments, arguments.method).as_yaml(), end="")
         return 0
+    if name in RESULT_COMMANDS:
+        from core import result_commands
+
+        return int(getattr(result_commands, RESULT_COMMANDS[name])(arguments))
     return int(getattr(commands, name)(arguments))
 
 

@@ -193,6 +193,9 @@ class RunState:
     errors: list[Event] = field(default_factory=list)
     samples: list[Event] = field(default_factory=list)
     result: Event = field(default_factory=dict)
+    task: str = ""
+    """What is done to a run that has ended, `evaluate`, while it is; the run's own end stays what it was."""
+    task_started: float | None = None
     nonfinite: int = 0
     waiting_for: tuple[str, str] | None = None
     """The device, and the run that trains there, while this one waits for its turn."""
@@ -234,10 +237,18 @@ class RunState:
         self.started = self.started or event["t"]
         self.ended, self.end_status = None, None
         self.errors = []
-        self.start, self.waiting_for = event, None
+        self.start, self.waiting_for, self.task = event, None, ""
         for stage in self.stages:
             if stage.state in ("running", "failed", "stopped", "aborted"):
                 stage.state = "waiting"
+
+    def _on_task_start(self, event: Event) -> None:
+        self.task, self.task_started = str(event.get("name", "")), event["t"]
+        self.start = {**self.start, "pid": event.get("pid"), "pid_started": event.get("pid_started")}
+        self.errors, self.waiting_for = [], None
+
+    def _on_task_end(self, event: Event) -> None:
+        self.task, self.task_started = "", None
 
     def _on_waiting(self, event: Event) -> None:
         self.waiting_for = str(event.get("device", "")), str(event.get("holder", ""))
@@ -310,10 +321,10 @@ class RunState:
 
     def _on_result(self, event: Event) -> None:
         _count(event.get("prompts"))
-        for marks in _mapping(event.get("table")).values():
-            for entry in _mapping(marks).values():
-                for key in ("hits", "total", "low", "high"):
-                    _finite(_mapping(entry).get(key))
+        rates = [entry for marks in _mapping(event.get("table")).values() for entry in _mapping(marks).values()]
+        for entry in [*rates, *_mapping(event.get("losses")).values()]:
+            for key in ("hits", "total", "low", "high", "mean"):
+                _finite(_mapping(entry).get(key))
         self.result = event
 
     def _on_stage_end(self, event: Event) -> None:

@@ -189,13 +189,19 @@ class KTOPlan(StagePlan):
 
 
 class EvaluatePlan(Section):
-    """Generation on held-out prompts after training, with the base and after each stage."""
+    """Held-out prompts answered by the base and after each stage; at the end of a run, or with `finetui eval`."""
 
-    enabled: bool = option(False, "Answer held-out prompts at the end and score tool calls", flag="--evaluate")
+    enabled: bool = option(False, "Answer held-out prompts at the end and score them", flag="--evaluate")
     file: str | None = option(None, "Held-out rows; the last assistant turn is the expected answer", flag="--eval-file")
-    max_prompts: int = option(40, "Prompts answered", unit="prompts", ge=1)
-    max_new_tokens: int = option(96, "Longest answer", unit="tokens", ge=1)
+    tools: str | None = option(None, "JSON file of tools: calls are checked against their schemas", flag="--eval-tools")
+    ignore_arguments: list[str] = option([], "Names of arguments that are not compared with the expected ones")
+    max_prompts: int = option(100, "Prompts answered", unit="prompts", ge=1)
+    max_new_tokens: int | None = option(
+        None, "Longest answer; default: what the expected ones need", unit="tokens", ge=1
+    )
     batch_size: int = option(20, "Prompts answered at once", unit="prompts", ge=1)
+    temperature: float = option(0.0, "0: the likeliest token each time; above: drawn, from a fixed seed", ge=0, le=5)
+    loss: Switch = option("auto", "Loss on the expected answers; auto: where they are not all tool calls")
 
 
 class TrackingPlan(Section):

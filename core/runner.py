@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import IO, TYPE_CHECKING
@@ -54,9 +54,10 @@ _started: list[subprocess.Popen[bytes]] = []
 __all__ = ["abort", "create_run", "find_run", "resume", "start"]
 
 
-def start(run: Run) -> int:
+def start(run: Run, *task: str) -> int:
     """Start the runner of `run` in a session of its own and return its process id.
 
+    With `task`, ``"evaluate", NAME``, it does that alone, to a run that has ended, and leaves the run's end as it was.
     The lock is taken here and inherited. Raises FinetuiError when the run is alive already.
     """
     handle = take_lock(run)
@@ -64,7 +65,7 @@ def start(run: Run) -> int:
         for request in (run.stop_path, run.abort_path):
             request.unlink(missing_ok=True)
         with run.log_path.open("ab") as log:
-            process = _spawn([sys.executable, "-P", "-m", "core.runner", str(run.path)], run.path, log, handle)
+            process = _spawn([sys.executable, "-P", "-m", "core.runner", str(run.path), *task], run.path, log, handle)
     except OSError as error:
         raise FinetuiError(f"The runner of {run.name} cannot be started: {error}.", "Check disk and memory.") from error
     finally:
@@ -93,7 +94,8 @@ def abort(run: Run) -> None:
         stage = run.state().current
         if stage and process_lives(stage.pid, stage.pid_started) and stage.pid:
             _end_group(stage.pid)
-        run.events.append("run_end", status="aborted", text="the runner was gone; its trainer was ended")
+        kind = "task_end" if run.state().task else "run_end"
+        run.events.append(kind, status="aborted", text="the runner was gone; its trainer was ended")
 
 
 def _spawn(
@@ -136,8 +138,8 @@ def _end_group(pid: int, reap: Callable[[], object] = bool) -> None:
 class Runner:
     """Walks the stages of one run; `walk` returns when the run has ended."""
 
-    def __init__(self, run: Run, plan: "Plan", lock: int) -> None:
-        self.run, self.plan, self.lock = run, plan, lock
+    def __init__(self, run: Run, plan: "Plan", lock: int, task: Sequence[str] = ()) -> None:
+        self.run, self.plan, self.lock, self.task = run, plan, lock, task
         self.sampler = gpu.Sampler()
         self.next_sample = 0.0
         self.turn: int | None = None
@@ -152,6 +154,8 @@ class Runner:
 
     def walk(self) -> int:
         """Run every stage that is not done yet. Returns the exit code of the run: 0 done or stopped, 1 failed."""
+        if self.task:
+            return self._do_task()
         me = psutil.Process()
         fresh = not any(self.run.stage_path(stage).exists() for stage in self.plan.stages)
         self.run.events.append(
@@ -173,6 +177,13 @@ class Runner:
             if stage in TRAINING_STAGES:
                 base = stage
         return self._end("done")
+
+    def _do_task(self) -> int:
+        """Do one thing to a run that has ended. Returns 0 done or stopped, 1 failed."""
+        me, (name, *rest) = psutil.Process(), self.task
+        self.run.events.append("task_start", name=name, of=rest, pid=me.pid, pid_started=me.create_time())
+        outcome = self._take_turn() or self._stage(len(self.plan.stages), name, "", rest)
+        return self._end(outcome, "task_end")
 
     def _take_turn(self) -> str:
         """Take the device, waiting for it where the plan says so; the status where the run was ended meanwhile."""
@@ -202,15 +213,16 @@ class Runner:
         except OSError:
             return -1
 
-    def _end(self, status: str) -> int:
-        self.run.events.append("run_end", status=status)
+    def _end(self, status: str, kind: str = "run_end") -> int:
+        self.run.events.append(kind, status=status)
         for request in (self.run.stop_path, self.run.abort_path):
             request.unlink(missing_ok=True)
         return 1 if status == "failed" else 0
 
-    def _stage(self, index: int, stage: str, base: str) -> str:
+    def _stage(self, index: int, stage: str, base: str, of: Sequence[str] = ()) -> str:
         module = "core.evaluate" if stage == "evaluate" else "core.train"
-        command = [sys.executable, "-P", "-m", module, str(self.run.path), stage, *([base] if base else [])]
+        more = of if stage == "evaluate" else [base] if base else []
+        command = [sys.executable, "-P", "-m", module, str(self.run.path), stage, *more]
         position = self.run.log_path.stat().st_size if self.run.log_path.exists() else 0
         with self.run.log_path.open("ab") as log:
             folder, backend = self.run.stage_path(stage), self.plan.backend
@@ -225,7 +237,7 @@ class Runner:
             return "stopped" if self.stop_asked() else self._stage(index, stage, base)
         status = "aborted" if aborted else "stopped" if code == EXIT_STOPPED else "failed"
         if code == 0 and not aborted:
-            status = "done" if self.run.stage_done(stage) else "failed"
+            status = "done" if of or self.run.stage_done(stage) else "failed"
         output = self.run.stage_path(stage) if stage == "evaluate" else self.run.final_model(stage)
         self.run.events.append(
             "stage_end", index=index, name=stage, status=status, exit=_exit_words(code), exit_code=code,
@@ -262,7 +274,10 @@ class Runner:
     def _explain_signal(self, stage: str, number: int) -> None:
         advice = f"`finetui resume {self.run.name}` goes on from the newest checkpoint."
         if number == getattr(signal, "SIGKILL", 9):
-            advice = f"If memory ran out, lower {stage}.batch_size or {stage}.max_length. {advice}"
+            length = "" if stage == "evaluate" else f" or {stage}.max_length"
+            advice = f"If memory ran out, lower {stage}.batch_size{length}. {advice}"
+        if self.task:
+            advice = "What it had done is kept: start it again and it goes on."
         self.run.events.append(
             "error", stage=stage, type="Killed", advice=advice,
             message=f"The trainer was ended by {_exit_words(-number)}.",
@@ -304,14 +319,14 @@ def main() -> int:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     try:
-        runner = Runner(run, run.plan(), lock)
+        runner = Runner(run, run.plan(), lock, sys.argv[2:])
         if hasattr(signal, "SIGTERM"):
             signal.signal(signal.SIGTERM, runner.on_signal)
         return runner.walk()
     except Exception as error:
         advice = error.advice if isinstance(error, FinetuiError) else "See train.log."
         run.events.append("error", stage="", type=type(error).__name__, message=str(error), advice=advice)
-        run.events.append("run_end", status="failed")
+        run.events.append("task_end" if sys.argv[2:] else "run_end", status="failed")
         raise
     finally:
         os.close(lock)  # what is started now finds the run ended

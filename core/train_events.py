@@ -16,6 +16,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from core.errors import FinetuiError
 from core.runs import Run, complete_checkpoints, write_manifest
 
+RESUME_ADVICE = "See train.log; `finetui resume` goes on from the newest checkpoint."
+
 
 class Stopped(Exception):
     """A stop was asked for outside the training loop: nothing is half-done, so there is nothing to save."""
@@ -62,9 +64,9 @@ class Reporter:
         """What the current phase is doing."""
         self.event("phase", name=self.phase_name, detail=text)
 
-    def failure(self, error: BaseException) -> None:
+    def failure(self, error: BaseException, advice: str = RESUME_ADVICE) -> None:
         """Write the `error` event of a stage that dies of `error`."""
-        message, advice = str(error), "See train.log; `finetui resume` goes on from the newest checkpoint."
+        message = str(error)
         if isinstance(error, FinetuiError):
             message, advice = error.message, error.advice
         elif isinstance(error, torch.cuda.OutOfMemoryError):
