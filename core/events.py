@@ -271,6 +271,9 @@ class RunState:
 
     def _on_totals(self, event: Event) -> None:
         stage = self.stage(str(event.get("stage", "")))
+        if "resumed_step" in event:  # what came after is answered again
+            step = _count(event["resumed_step"])
+            self.samples = [s for s in self.samples if s.get("stage") != stage.name or s["step"] <= step]
         for key in COUNTS:
             _count(event.get(key))
         _mapping(event.get("left_out_reasons"))
@@ -317,6 +320,7 @@ class RunState:
         self.errors.append(event)
 
     def _on_sample(self, event: Event) -> None:
+        _count(event["step"]), _count(event.get("number")), _finite(event.get("seconds"))
         self.samples.append(event)
 
     def _on_result(self, event: Event) -> None:

@@ -133,6 +133,13 @@ class StagePlan(Section):
     save_steps: int = option(50, "Checkpoint every N steps", flag="--save-steps", unit="steps", common=True, ge=1)
     save_total_limit: int = option(3, "Checkpoints kept", ge=1)
     eval_steps: int | None = option(None, "Evaluate held-out rows every N steps; default: at each checkpoint", ge=1)
+    early_stopping_patience: int | None = option(
+        None, "Stop once the held-out loss has not fallen in N evaluations", flag="--early-stopping-patience", ge=1
+    )
+    early_stopping_threshold: float = option(0.0, "What the held-out loss must fall by to count", ge=0)
+    load_best_model_at_end: bool = option(
+        False, "The final model is the checkpoint with the lowest held-out loss", flag="--load-best-model-at-end"
+    )
     seed: int = option(42, "Seed of data order and dropout", flag="--seed", ge=0, le=MAX_SEED)
     extra: dict[str, Any] = option({}, "More arguments for TRL's SFTConfig or KTOConfig, checked by name")
 
@@ -147,6 +154,12 @@ class StagePlan(Section):
         if value == 0:
             raise ValueError("0 steps would train nothing; use -1 to go by epochs")
         return value
+
+    @model_validator(mode="after")
+    def held_out_rows_to_judge_by(self) -> "StagePlan":
+        if not self.data.holdout and (self.early_stopping_patience or self.load_best_model_at_end):
+            raise ValueError("the best checkpoint is told by held-out rows, and data.holdout is 0 (--split-dataset)")
+        return self
 
     @field_validator("extra")
     @classmethod
@@ -186,6 +199,17 @@ class KTOPlan(StagePlan):
         if value < 2:
             raise ValueError("KTO compares each row with its neighbour in the batch and needs a batch of at least 2")
         return value
+
+
+class SamplesPlan(Section):
+    """A few prompts answered while a stage trains, so that people can read what it learns."""
+
+    every: int | None = option(
+        None, "Answer a few prompts every N steps of training; default: off", flag="--sample-every", unit="steps", ge=1
+    )
+    file: str | None = option(None, "Rows whose prompts are answered; default: some held out, else trained ones")
+    count: int = option(3, "Prompts answered", unit="prompts", ge=1, le=20)
+    max_new_tokens: int = option(80, "Longest answer", unit="tokens", ge=1)
 
 
 class EvaluatePlan(Section):
@@ -230,6 +254,7 @@ class Plan(Section):
     lora: LoraPlan = Field(default_factory=LoraPlan, description="The adapter")
     sft: SFTPlan = Field(default_factory=SFTPlan, description="Stage SFT")
     kto: KTOPlan = Field(default_factory=KTOPlan, description="Stage KTO")
+    samples: SamplesPlan = Field(default_factory=SamplesPlan, description="Samples while training")
     evaluate: EvaluatePlan = Field(default_factory=EvaluatePlan, description="Evaluation after training")
     tracking: TrackingPlan = Field(default_factory=TrackingPlan, description="External trackers")
 

@@ -145,7 +145,8 @@ def test_tools_are_read_in_the_shapes_there_are(file: WriteFile) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("nonsense", "no JSON"), ("{}", "not a list"), ("[]", "names no tool"), ("[5]", "Tool 1"), (b"\xff\xfe", "UTF-8"),
+        ("nonsense", "no JSON"), ("{}", "not a list"), ("[]", "names no tool"), ("[5]", "Tool 1"),
+        (b"\xff\xfe", "UTF-8"),
         ('[{"name": "a", "parameters": 5}]', "no object"),
         ('[{"name": "a", "parameters": {"type": "strnig"}}]', "cannot be used"),
         ('[{"name": "a", "parameters": {"$ref": "https://localhost/schema"}}]', "refers to"),
