@@ -208,7 +208,7 @@ class SamplesPlan(Section):
         None, "Answer a few prompts every N steps of training; default: off", flag="--sample-every", unit="steps", ge=1
     )
     file: str | None = option(None, "Rows whose prompts are answered; default: some held out, else trained ones")
-    count: int = option(3, "Prompts answered", unit="prompts", ge=1, le=20)
+    count: int = option(3, "Prompts answered", unit="prompts", ge=1)
     max_new_tokens: int = option(80, "Longest answer", unit="tokens", ge=1)
 
 
