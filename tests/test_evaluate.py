@@ -317,7 +317,7 @@ def test_eval_refuses_what_cannot_be_before_anything_starts(
     assert "has no model 'dpo'" in refused("eval", chain.name, "--fail-under", "dpo.exact=0.5")
     assert "cannot be read" in refused("eval", chain.name, "--file", tmp_path / "none.jsonl")
     assert "cannot be read" in refused("eval", chain.name, "--tools", tmp_path / "none.json")
-    assert "--max-prompts" in refused("eval", chain.name, "--max-prompts", 0)
+    assert "max_prompts" in refused("eval", chain.name, "--max-prompts", 0)
     assert "no model yet" in refused("eval", make_run("sft", name="empty").name)
 
 
