@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # `finetui` alone becomes the app at once
 ONE_STAGE_ONLY = {"--learning-rate": "learning_rate"}
 
 
-RESULT_COMMANDS = {"eval": "evaluate"}
+RESULT_COMMANDS = {"eval": "evaluate", "chat": "chat", "compare": "compare", "report": "report"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -152,6 +152,7 @@ def build_parser() -> Parser:
         if name == "delete":
             command.add_argument("--yes", action="store_true", help="do not ask")
     _eval_command(commands.add_parser("eval", help="answer held-out prompts with what a run made, and score them"))
+    _of_run(commands.add_parser("chat", help="talk to what a run made, in the app; the base answers beside it"))
     command = commands.add_parser("runs", help="the history")
     command.add_argument("--runs-dir", type=Path, metavar="DIR", help="folder of the runs")
     command.add_argument("--json", action="store_true", help="JSON instead of a table")

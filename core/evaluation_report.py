@@ -36,12 +36,16 @@ def change_words(change: Mapping[str, Any]) -> str:
     if marks is None:
         return ""
     what = "whole answers" if "exact" in change["marks"] else MARKS[next(iter(change["marks"]))][0]
-    models = f"{variant_words(change['to'])} against {variant_words(change['from'])}"
+    models = f"{_sentence(variant_words(change['to']))} against {variant_words(change['from'])}"
     if not marks["mended"] and not marks["broken"]:
         return f"{models}: as many {what} right, and the same ones."
     sure = "" if marks["p"] < SURE else ": that may be chance"
     test = f"(exact McNemar test, p = {marks['p']:.3g})"
     return f"{models}: {marks['mended']} {what} mended, {marks['broken']} broken {test}{sure}."
+
+
+def _sentence(words: str) -> str:
+    return words[:1].upper() + words[1:]
 
 
 def remarks(report: Report) -> list[str]:
@@ -51,7 +55,7 @@ def remarks(report: Report) -> list[str]:
     found += [f"Left out: {count} × {reason}." for reason, count in report["left_out"].items()]
     limit = report["settings"]["max_new_tokens"]
     found += [
-        f"{variant_words(name)}: {count} answers were cut at {limit} tokens."
+        f"{_sentence(variant_words(name))}: {count} answers were cut at {limit} tokens."
         for name, count in report["cut"].items()
         if count
     ]

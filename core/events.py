@@ -260,6 +260,9 @@ class RunState:
         stage.base = str(event.get("base", ""))
         stage.pid, stage.pid_started = _count(event.get("pid")) or None, _finite(event.get("pid_started")) or None
         stage.phase, stage.detail = "start", ""
+        if stage.name == "evaluate":  # another one begins at its beginning
+            stage.step = stage.total_steps = 0
+            stage.pace, stage.phase_seconds = [], {}
         if "resumed_step" in event:
             stage.rewind(_count(event["resumed_step"]))
 

@@ -3,14 +3,14 @@
 import argparse
 from typing import Any
 
-from core.cli import EVAL_FLAGS, print_json
+from core.cli import EVAL_FLAGS, open_app, print_json
 from core.errors import FinetuiError
 from core.evaluation import Report, Threshold, evaluation_path, read_report
 from core.evaluation_report import remarks
 from core.evaluation_start import checked, start
 from core.events import EventTail, RunState
 from core.paths import runs_dir
-from core.runs import Run, find_run
+from core.runs import Run, find_run, is_alive
 from core.text import clean
 from core.variants import variants_of
 from core.watch import console, follow_task, shown_result
@@ -83,6 +83,16 @@ def judged(run: Run, report: Report, thresholds: list[Threshold], *, as_json: bo
         for words in missed:
             _say(f"✘ {words}", "red")
     return EXIT_UNDER if missed else 0
+
+
+def chat(arguments: argparse.Namespace) -> int:
+    """``finetui chat RUN``: the app's room for trying a model."""
+    folder = runs_dir(arguments.runs_dir)
+    run = find_run(folder, arguments.run)
+    if is_alive(run):
+        raise FinetuiError(f"{run.name} is running.", "Its model can be tried when it has ended.")
+    variants_of(run, run.plan())
+    return open_app("--chat", str(run.path), "--runs-dir", str(folder))
 
 
 def _say(text: str, style: str = "") -> None:

@@ -17,6 +17,7 @@ from core.text import clean
 
 MAX_POINTS = 600
 KEPT_POINTS = 4000
+MAX_SAMPLES = 240
 LIVE = ("running", "stopping")
 GIB = 1 << 30
 BREATH_LINES, BREATH_S = 1000, 0.001
@@ -87,8 +88,8 @@ class Snapshot:
 
     @property
     def took_s(self) -> float | None:
-        """Seconds since the first start."""
-        begun = self.state.started or self.state.created
+        """Seconds since the first start; while something is done to a run that has ended, since that began."""
+        begun = (self.state.task_started if self.live else None) or self.state.started or self.state.created
         return max(0.0, self.until - begun) if begun else None
 
     @property
@@ -297,7 +298,7 @@ def sampled_events(path: Path) -> Iterator[Event]:
 
 def _compacted(state: RunState) -> None:
     """Let go of what no screen can show of a long log; the newest points stay as they are."""
-    del state.samples[:-50], state.notices[:-200], state.errors[:-20]
+    del state.samples[MAX_SAMPLES // 4 : -MAX_SAMPLES * 3 // 4], state.notices[:-200], state.errors[:-20]
     for stage in state.stages:
         del stage.pace[:-50], stage.checkpoints[:-50]
         for name, points in stage.series.items():
@@ -330,7 +331,7 @@ def _copied(state: RunState) -> RunState:
         gpu=list(state.gpu[-1:]),
         notices=state.notices[-50:],
         errors=state.errors[-5:],
-        samples=[],
+        samples=list(state.samples),
     )
 
 

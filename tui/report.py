@@ -54,7 +54,8 @@ def now_words(snapshot: Snapshot, width: int) -> Content:
     if snapshot.status == "stopping":
         head = Content.assemble(status_words("stopping"), "  ", head)
     done = stage.step / stage.total_steps if stage.total_steps else 0.0
-    steps = f"  step {stage.step}/{stage.total_steps}" if stage.total_steps else ""
+    word = "step" if stage.name in TRAINING_STAGES else "answer"
+    steps = f"  {word} {stage.step}/{stage.total_steps}" if stage.total_steps else ""
     left = left_words(stage, snapshot)
     length = max(8, min(60, width - len(steps) - len(left) - 7))
     progress = Content.assemble((bar(done, length), "$text-primary"), f" {100 * done:3.0f} %{steps}{left}")
@@ -93,6 +94,8 @@ def figures(stage: StageState) -> str:
 
 def _before(stage: StageState) -> str:
     """What is known before the first step."""
+    if stage.name not in TRAINING_STAGES:
+        return "held-out prompts are answered by every model of the run, and the answers scored"
     if stage.total_steps:
         return f"{stage.total_steps} steps are ahead; the first figures come with the first logged step"
     return "loading and preparing: the steps are counted once the rows are read"
