@@ -24,6 +24,10 @@ if TYPE_CHECKING:  # viewers of an evaluation need no plan
 
 HELD_OUT = "held-out"
 """The evaluation of what the run itself held out, or of what its plan names."""
+REPORT_KEYS = {
+    "source": str, "prompts": int, "variants": list, "table": dict, "losses": dict, "by_tool": dict, "changes": list,
+    "cut": dict, "seconds": dict, "notes": list, "left_out": dict, "settings": dict, "t": float,
+}  # fmt: skip
 STAGE_WORDS = {"base": "base model", "start": "at the start", "sft": "after SFT", "kto": "after KTO"}
 Report = dict[str, Any]
 Row = dict[str, Any]
@@ -164,8 +168,9 @@ def read_report(folder: Path) -> Report | None:
     """The report of an evaluation, None where it is not done or cannot be read."""
     try:
         report = json.loads((folder / "report.json").read_bytes())
-        checked = [report["table"][name][mark]["hits"] for name in report["table"] for mark in report["table"][name]]
-        whole = isinstance(report["variants"], list) and all(isinstance(hits, int) for hits in checked)
+        checked = [report["table"][name][mark]["hits"] for name in report["variants"] for mark in report["table"][name]]
+        kinds = [isinstance(report[key], kind) for key, kind in REPORT_KEYS.items()]
+        whole = bool(report["variants"]) and all(kinds) and all(isinstance(hits, int) for hits in checked)
         return report if whole else None
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None

@@ -3,6 +3,9 @@
 import argparse
 from typing import Any
 
+from rich.table import Table
+from rich.text import Text
+
 from core.cli import EVAL_FLAGS, open_app, print_json
 from core.errors import FinetuiError
 from core.evaluation import Report, Threshold, evaluation_path, read_report
@@ -16,6 +19,7 @@ from core.variants import variants_of
 from core.watch import console, follow_task, shown_result
 
 EXIT_UNDER = 4
+MOST_COMPARED = 6
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
@@ -83,6 +87,62 @@ def judged(run: Run, report: Report, thresholds: list[Threshold], *, as_json: bo
         for words in missed:
             _say(f"✘ {words}", "red")
     return EXIT_UNDER if missed else 0
+
+
+def compare(arguments: argparse.Namespace) -> int:
+    """``finetui compare RUN RUN …``: tables, JSON, or an HTML page."""
+    from core.compare import change_rows, differences, evaluation_rows, results, sides_of
+    from core.report_files import write_comparison
+
+    folder = runs_dir(arguments.runs_dir)
+    runs = list({run.name: run for run in (find_run(folder, name) for name in arguments.runs)}.values())
+    if not 2 <= len(runs) <= MOST_COMPARED:
+        raise FinetuiError(f"{len(runs)} runs cannot be compared.", f"Name two to {MOST_COMPARED} different ones.")
+    sides = sides_of(runs)
+    unlike = differences([side.settings for side in sides])
+    if arguments.json:
+        print_json({
+            "runs": [side.name for side in sides], "results": dict(results(sides)),
+            "evaluation": [side.report for side in sides], "changes": change_rows(sides), "settings": dict(unlike),
+        })  # fmt: skip
+    else:
+        settings = [(path, ["–" if value is None else str(value) for value in values]) for path, values in unlike]
+        for title, rows in (
+            ("Results", results(sides)), ("Held-out prompts", evaluation_rows(sides)),
+            ("Settings that differ", settings),
+        ):  # fmt: skip
+            if rows:
+                console().print(_sheet(title, [side.name for side in sides], rows))
+        for sentence in change_rows(sides):
+            _say(sentence)
+    if arguments.output:
+        path = write_comparison(sides, arguments.output.expanduser().absolute(), rows=not arguments.no_rows)
+        if not arguments.json:
+            _say(f"Page: {path}")
+    return 0
+
+
+def _sheet(title: str, names: list[str], rows: list[tuple[str, list[str]]]) -> Table:
+    table = Table(box=None, pad_edge=False, title=Text(title, style="italic"), title_justify="left")
+    for name in ("", *names):
+        table.add_column(Text(clean(name, 40)), justify="right" if name else "left", overflow="fold")
+    for word, cells in rows:
+        table.add_row(Text(clean(word, 60), style="dim"), *(Text(clean(cell, 80)) for cell in cells))
+    return table
+
+
+def report(arguments: argparse.Namespace) -> int:
+    """``finetui report RUN``: RUN/report.html and RUN/report.md, or the one file that is named."""
+    from core.report_files import write_report_file, write_reports
+
+    run = find_run(runs_dir(arguments.runs_dir), arguments.run)
+    if arguments.output:
+        written = [write_report_file(run, arguments.output.expanduser().absolute(), rows=not arguments.no_rows)]
+    else:
+        written = write_reports(run, rows=not arguments.no_rows)
+    for path in written:
+        _say(f"Report: {path}")
+    return 0
 
 
 def chat(arguments: argparse.Namespace) -> int:

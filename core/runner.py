@@ -21,6 +21,7 @@ import psutil
 
 from core import __version__, gpu
 from core.errors import FinetuiError
+from core.machine_use import system, versions
 from core.runs import Run, create_run, find_run, is_alive, process_lives, take_lock, write_holder
 from core.stages import TRAINING_STAGES
 from core.turns import device_of, holder, take_turn
@@ -160,7 +161,7 @@ class Runner:
         fresh = not any(self.run.stage_path(stage).exists() for stage in self.plan.stages)
         self.run.events.append(
             "run_start", version=__version__, python=sys.version.split()[0], host=platform.node(), pid=me.pid,
-            pid_started=me.create_time(), resumed=not fresh,
+            pid_started=me.create_time(), resumed=not fresh, versions=versions(), system=system(),
         )  # fmt: skip
         if ended := self._take_turn():
             return self._end(ended)

@@ -1,7 +1,5 @@
 """Evaluation: which prompts are answered, by which models, what is kept and resumed, what it says of a run."""
 
-import contextlib
-import io
 import json
 import os
 import subprocess
@@ -20,35 +18,11 @@ from core.evaluate import Answerer, evaluate
 from core.evaluation import HELD_OUT, Threshold, ask, evaluation_path, evaluations, name_of, read_cases, read_report
 from core.heldout import held_out, prompts_of
 from core.plan import EvaluatePlan
+from core.result_commands import judged
 from core.runs import Run, summary
 from core.train_events import Reporter, Stopped
 
 HELD = {"sft__data__holdout": 0.3, "kto__data__holdout": 0.3}
-
-
-def trained(run: Run) -> Run:
-    """The run with its stages trained in this process, without a word, and the end of one that is done."""
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        return _trained(run)
-
-
-def _trained(run: Run) -> Run:
-    run.events.append("run_start", pid=1)
-    adapter = None
-    for name in run.plan().training_stages:
-        stage = Stage(run, name, adapter)
-        stage.trainer.train()
-        adapter = run.final_model(name)
-        train.save_final(stage.loaded, adapter)
-        run.events.append("stage_end", name=name, status="done", output=f"{name}/final_model")
-    run.events.append("run_end", status="done")
-    return run
-
-
-@pytest.fixture
-def chain(make_run: MakeRun) -> Run:
-    """SFT and KTO of the tiny model, done, with held-out rows."""
-    return trained(make_run("sft-kto", sft__max_steps=3, kto__max_steps=2, evaluate__max_new_tokens=8, **HELD))
 
 
 def again(run: Run, name: str = "", **options: Any) -> dict[str, Any]:
@@ -285,10 +259,15 @@ def test_eval_on_a_finished_run_leaves_the_run_as_it_was(chain: Run, rows_file: 
     assert [event["kind"] for event in events(chain)][-1] == "task_end"
     [(folder, report)] = evaluations(chain)
     assert folder.name == name_of(path) and report["losses"]["kto"]["tokens"] > 0
-    told = command("eval", chain.name, "--max-prompts", 2, "--json")
-    assert told.returncode == 0, told.stderr
-    assert json.loads(told.stdout)["prompts"] == 2
-    assert {folder.name for folder, _ in evaluations(chain)} == {HELD_OUT, name_of(path)}
+
+
+def test_the_report_is_printed_as_one_object_for_scripts(chain: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    report = again(chain)
+    capsys.readouterr()
+    assert judged(chain, report, [Threshold.parse("kto.exact=0")], as_json=True) == 0
+    assert json.loads(capsys.readouterr().out) == {**report, "fail_under": []}
+    assert judged(chain, report, [Threshold.parse("format=1")], as_json=True) == 4
+    assert "format of kto" in json.loads(capsys.readouterr().out)["fail_under"][0]
 
 
 def test_an_evaluation_that_fails_says_why_and_the_run_stays_done(chain: Run) -> None:

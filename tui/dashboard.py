@@ -72,6 +72,7 @@ class DashboardScreen(RunRoom):
         Binding("e", "view('smooth')", "Smooth the curves", show=False),
         Binding("y", "view('log')", "Log scale", show=False),
         Binding("z", "view('zoom')", "Zoom to the last part", show=False),
+        Binding("w", "report", "Write a report to send", show=False),
         Binding("o", "paths", "Open folder: every path", show=False),
         Binding("c", "copy", "Copy the model's path", show=False),
         Binding("escape,h", "leave", "Home", key_display="esc"),
@@ -241,7 +242,7 @@ class DashboardScreen(RunRoom):
             return ended and not isinstance(self.run_shown, Recording)
         if action == "kto":
             return self.snapshot is not None and can_go_on_with_kto(self.snapshot)
-        if action == "evaluate":
+        if action in ("evaluate", "report"):
             return not isinstance(self.run_shown, Recording)
         if action == "try_it":
             return self.snapshot is not None and not live and not isinstance(self.run_shown, Recording)
@@ -321,6 +322,9 @@ class DashboardScreen(RunRoom):
         from tui.evaluation import EvaluationScreen
 
         self.app.push_screen(EvaluationScreen(self.run_shown))
+
+    def action_report(self) -> None:
+        self.report(self.run_shown)
 
     def action_paths(self) -> None:
         if self.snapshot:

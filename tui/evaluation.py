@@ -17,6 +17,7 @@ from textual.screen import ModalScreen
 from textual.widgets import DataTable, Input, Static
 from textual.worker import get_current_worker
 
+from core.compare import Shared
 from core.evaluation import Report, Row, evaluations, failed, read_cases, variant_words
 from core.evaluation_report import remarks
 from core.runs import Run, request_stop
@@ -240,7 +241,8 @@ class EvaluationScreen(RunRoom):
     def action_open(self) -> None:
         if self.cases:
             at = self.query_one("#cases", DataTable).cursor_row
-            self.app.push_screen(CaseScreen(self.cases, at, self.found[self.at][1]))
+            variants = self.found[self.at][1]["variants"]
+            self.app.push_screen(SideBySide(items_of_cases(self.cases, variants), at))
 
     def action_filter(self) -> None:
         self.failing = not self.failing
@@ -335,8 +337,42 @@ class CaseBody(VerticalScroll):
     ]
 
 
-class CaseScreen(RunRoom):
-    """One prompt with what was expected and what every model answered; left and right go through the cases."""
+@dataclass(frozen=True)
+class Item:
+    """One prompt with what was expected and several answers, (whose, answer with its marks) each."""
+
+    where: str
+    prompt: str
+    expected: str | None
+    answers: tuple[tuple[str, dict[str, Any] | None], ...]
+
+
+def items_of_cases(rows: Sequence[Row], variants: Sequence[str]) -> list[Item]:
+    """The cases of one evaluation: an answer of each model."""
+    return [
+        Item(
+            f"line {row.get('line', '')} of {row.get('file', '')}", str(row.get("prompt", "")), row.get("expected"),
+            tuple((variant_words(name), row["answers"].get(name)) for name in variants),
+        )
+        for row in rows
+    ]  # fmt: skip
+
+
+def items_of_shared(shared: Sequence[Shared], names: Sequence[str]) -> list[Item]:
+    """Prompts that several runs answered: an answer of each run."""
+    return [
+        Item(
+            "" if one.unlike else "the same marks",
+            one.prompt,
+            one.expected,
+            tuple(zip(names, one.answers, strict=True)),
+        )
+        for one in shared
+    ]
+
+
+class SideBySide(RunRoom):
+    """One prompt with what was expected and every answer; left and right go through the prompts."""
 
     BINDINGS = [
         Binding("escape,h", "dismiss", "Back", key_display="esc"),
@@ -344,17 +380,17 @@ class CaseScreen(RunRoom):
         Binding("question_mark,f1", "app.help", "Help", key_display="?"),
     ]
     HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (100, "-wide")]
-    place = "case"
+    place = "answers side by side"
 
-    def __init__(self, cases: Sequence[Row], at: int, report: Report) -> None:
+    def __init__(self, items: Sequence[Item], at: int = 0) -> None:
         super().__init__()
-        self.cases, self.at, self.report = list(cases), at, report
+        self.items, self.at = list(items), at
 
     def body(self) -> ComposeResult:
         with CaseBody(id="scroll"):
             yield Words(id="prompt")
             with Horizontal(id="answers"):
-                for place in range(1 + len(self.report["variants"])):
+                for place in range(1 + len(self.items[0].answers)):
                     yield Words(id=f"answer-{place}", classes="answer")
 
     def on_mount(self) -> None:
@@ -362,34 +398,31 @@ class CaseScreen(RunRoom):
         self.paint()
 
     def paint(self) -> None:
-        row = self.cases[self.at]
-        self.query_one(Banner).say(f"{self.at + 1} of {len(self.cases)}")
-        where = f"line {row.get('line', '')} of {clean(row.get('file', ''), 60)}"
+        item = self.items[self.at]
+        self.query_one(Banner).say(f"{self.at + 1} of {len(self.items)}")
+        prompt = clean(item.prompt, 4000, newlines=True)
         self.query_one("#prompt", Words).say(
-            Content.assemble((where, "$foreground-muted"), "\n", clean(row.get("prompt", ""), 4000, newlines=True))
+            Content.assemble((clean(item.where, 100), "$foreground-muted"), "\n", prompt)
         )
-        expected = row.get("expected")
-        words = "nothing in particular" if expected is None else clean(expected, 6000, newlines=True)
-        self.query_one("#answer-0", Words).say(Content.assemble(("Expected", "bold"), "\n\n", words))
-        for place, name in enumerate(self.report["variants"], 1):
-            self.query_one(f"#answer-{place}", Words).say(answer_words(name, row))
+        words = "nothing in particular" if item.expected is None else clean(item.expected, 6000, newlines=True)
+        self.query_one("#answer-0", Words).say(Content.assemble(("expected", "bold"), "\n\n", words))
+        for place, (whose, answer) in enumerate(item.answers, 1):
+            self.query_one(f"#answer-{place}", Words).say(answer_words(whose, answer))
         self.query_one("#scroll").scroll_home(animate=False)
 
     def action_turn(self, by: int) -> None:
-        at = max(0, min(len(self.cases) - 1, self.at + by))
+        at = max(0, min(len(self.items) - 1, self.at + by))
         if at != self.at:
             self.at = at
             self.paint()
 
 
-def answer_words(variant: str, row: Row) -> Content:
-    """A model's answer with the marks it missed."""
-    entry = row["answers"].get(variant)
-    head = Content.styled(clean(variant_words(variant), 30), "bold")
-    if entry is None:
+def answer_words(whose: str, answer: dict[str, Any] | None) -> Content:
+    """An answer with the marks it missed."""
+    head = Content.styled(clean(whose, 40), "bold")
+    if answer is None:
         return Content.assemble(head, "\n\n", ("no answer", "$foreground-muted"))
-    wrong = ", ".join(MARKS[mark][0] for mark in failed(row, variant))
-    verdict = (f"✘ {wrong}", "$text-error") if wrong else ("✔ right" if entry["marks"] else "", "$text-success")
-    cut = "\n(cut at the limit of tokens)" if entry.get("cut") else ""
-    return Content.assemble(head, "\n", verdict, "\n\n", clean(entry.get("answer", ""), 6000, newlines=True), cut)
-
+    wrong = ", ".join(MARKS[mark][0] for mark in MARKS if answer["marks"].get(mark) is False)
+    verdict = (f"✘ {wrong}", "$text-error") if wrong else ("✔ right" if answer["marks"] else "", "$text-success")
+    cut = "\n(cut at the limit of tokens)" if answer.get("cut") else ""
+    return Content.assemble(head, "\n", verdict, "\n\n", clean(answer.get("answer", ""), 6000, newlines=True), cut)

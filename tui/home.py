@@ -70,6 +70,7 @@ class HomeScreen(RunRoom):
         Binding("c", "compare", "Compare the marked runs", show=False),
         Binding("p", "pin", "Pin", show=False),
         Binding("t", "note", "Write a note", show=False),
+        Binding("w", "report", "Write a report to send", show=False),
         Binding("o", "paths", "Every path of the run", show=False),
         Binding("escape", "unfilter", "Show every run", show=False),
         Binding("q", "app.quit", "Quit"),
@@ -325,7 +326,7 @@ class HomeScreen(RunRoom):
             return status in ("stopped", "aborted", "failed", "crashed")
         if action in ("delete", "try_it"):
             return status is not None and status not in LIVE
-        if action in ("again", "evaluate", "compare", "pin", "note", "paths", "mark", "filter"):
+        if action in ("again", "evaluate", "report", "compare", "pin", "note", "paths", "mark", "filter"):
             return bool(self.all_rows)
         if action == "unfilter":
             return bool(self.sought) or self.query_one("#filter").display
@@ -385,6 +386,10 @@ class HomeScreen(RunRoom):
             from tui.evaluation import EvaluationScreen
 
             self.app.push_screen(EvaluationScreen(run))
+
+    def action_report(self) -> None:
+        if run := self._run():
+            self.report(run)
 
     def action_try_it(self) -> None:
         if run := self._run():
