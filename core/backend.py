@@ -26,12 +26,14 @@ def make_plan(
     """Resolve a plan, make its files' paths absolute, and settle it for this machine. Raises FinetuiError."""
     found = resolve(method, config, settings, gpu_present=gpu_present() if gpu is None else gpu)
     sections: list[Any] = [found.plan.stage(stage).data for stage in found.plan.training_stages]
-    for section in [*sections, found.plan.evaluate]:
+    for section in [*sections, found.plan.evaluate, found.plan.samples]:
         if section.file:
             section.file = str(Path(section.file).expanduser().absolute())
     base = found.plan.export.base
     if base and Path(base).expanduser().is_dir():
         found.plan.export.base = str(Path(base).expanduser().absolute())
+    if found.plan.evaluate.tools:
+        found.plan.evaluate.tools = str(Path(found.plan.evaluate.tools).expanduser().absolute())
     return settle(found)
 
 

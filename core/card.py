@@ -10,8 +10,6 @@ from core.text import duration
 if TYPE_CHECKING:
     from core.runs import Run
 
-VARIANTS = {"base": "base model", "start": "before training", "sft": "after SFT", "kto": "after KTO"}
-MARKS = {"format": "well-formed", "tool": "right tool", "arguments": "right arguments", "exact": "all three"}
 SHAPES = {
     "lora": "a LoRA adapter for",
     "merged_16bit": "a fine-tuned copy of",
@@ -156,24 +154,15 @@ def _data(lineage: dict[str, Any]) -> str:
 
 
 def _results(run: "Run", lineage: dict[str, Any]) -> str:
-    """The evaluation's table, where the run has one; its form is another stage's and read with care."""
-    try:
-        report = json.loads((run.stage_path("evaluate") / "report.json").read_bytes())
-        lines = [
-            "## Results", "", f"Greedy answers to {int(report['prompts'])} held-out prompts, share right:", "",
-            f"| | {' | '.join(MARKS.values())} |", "|---" * (1 + len(MARKS)) + "|",
-        ]  # fmt: skip
-        for variant, marks in report["table"].items():
-            cells = [_rate(marks[mark]) for mark in MARKS]
-            lines.append(f"| {VARIANTS.get(variant, variant)} | {' | '.join(cells)} |")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    """The table of the run's evaluation, where it has one."""
+    from core.evaluation import HELD_OUT, evaluation_path, read_report
+    from core.evaluation_report import table_lines
+
+    report = read_report(evaluation_path(run, HELD_OUT))
+    if report is None:
         return "## Results\n\nIt was not evaluated by the tool that trained it."
-    return "\n".join(lines)
-
-
-def _rate(entry: dict[str, Any]) -> str:
-    share = 100 * entry["hits"] / max(entry["total"], 1)
-    return f"{entry['hits']} of {entry['total']} ({share:.0f} %)"
+    head = f"Answers to {int(report['prompts'])} held-out prompts:"
+    return "\n".join(["## Results", "", head, "", *table_lines(report)])
 
 
 def _checks(run: "Run", plan: Plan, lineage: dict[str, Any]) -> str:

@@ -13,11 +13,13 @@ from core.cli import open_app, print_json, settings_of, take_token
 from core.config import Resolved
 from core.data import Conversation
 from core.errors import FinetuiError
+from core.heldout import NO_PROMPTS, NO_PROMPTS_ADVICE, held_out, prompts_of
 from core.paths import configs_dir, runs_dir
 from core.plan import Plan, StagePlan
 from core.runs import Run, create_run, delete_run, find_run, list_runs, request_stop, summary
 from core.sources import data_files, model_source
 from core.text import clean
+from core.tools import read_tools
 from core.watch import console, follow, runs_table, show_run
 
 
@@ -101,13 +103,23 @@ def preflight(plan: Plan) -> list[str]:
         from core.commands_export import check_wishes
 
         notices += [line for line in check_wishes(plan, None) if not line.startswith("Disk: ")]
-    if plan.evaluate.enabled and plan.evaluate.file:
-        read_rows(Path(plan.evaluate.file), "sft")
-    elif plan.evaluate.enabled:
-        last = plan.stage(plan.training_stages[-1]).data
-        if not last.demo and not last.holdout:
-            raise FinetuiError("There are no held-out prompts to answer.", "Give --eval-file FILE or --split-dataset.")
+    if plan.evaluate.enabled:
+        notices += _preflight_evaluation(plan)
     return notices
+
+
+def _preflight_evaluation(plan: Plan) -> list[str]:
+    """Look for the prompts of the evaluation at the end, as far as that needs no network. Raises FinetuiError."""
+    if plan.evaluate.tools:
+        read_tools(Path(plan.evaluate.tools))
+    stages = [plan.stage(stage).data for stage in plan.training_stages]
+    if plan.evaluate.file:
+        return prompts_of(Path(plan.evaluate.file)).notes
+    if not stages[-1].demo and not stages[-1].holdout:
+        raise FinetuiError(NO_PROMPTS, NO_PROMPTS_ADVICE)
+    if len(stages) > 1 and all(data.file for data in stages):
+        return held_out(plan, None, plan.evaluate.max_prompts).notes
+    return []
 
 
 def _refuse_hopeless_limit(name: str, stage: StagePlan, rows: list[Conversation], model: str) -> None:

@@ -202,6 +202,9 @@ class RunState:
     """What was made of the result, by what it is: ``merged_16bit``, ``Q4_K_M``, ``upload``."""
     paused_s: float = 0.0
     """Seconds between the ends of this run and its resumptions."""
+    task: str = ""
+    """What is done to a run that has ended, `evaluate`, while it is; the run's own end stays what it was."""
+    task_started: float | None = None
     nonfinite: int = 0
     waiting_for: tuple[str, str] | None = None
     """The device, and the run that trains there, while this one waits for its turn."""
@@ -245,7 +248,7 @@ class RunState:
         self.paused_s += max(0.0, event["t"] - self.ended) if self.ended else 0.0
         self.ended, self.end_status = None, None
         self.errors = []
-        self.start, self.waiting_for = event, None
+        self.start, self.waiting_for, self.task = event, None, ""
         for stage in self.stages:
             if stage.state in ("running", "failed", "stopped", "aborted"):
                 stage.state = "waiting"
@@ -263,6 +266,14 @@ class RunState:
         for name, seconds in _mapping(event.get("seconds")).items():
             self.stage(str(name)).expected_s = _finite(seconds) or None
 
+    def _on_task_start(self, event: Event) -> None:
+        self.task, self.task_started = str(event.get("name", "")), event["t"]
+        self.start = {**self.start, "pid": event.get("pid"), "pid_started": event.get("pid_started")}
+        self.errors, self.waiting_for = [], None
+
+    def _on_task_end(self, event: Event) -> None:
+        self.task, self.task_started = "", None
+
     def _on_waiting(self, event: Event) -> None:
         self.waiting_for = str(event.get("device", "")), str(event.get("holder", ""))
 
@@ -275,6 +286,9 @@ class RunState:
         stage.base = str(event.get("base", ""))
         stage.pid, stage.pid_started = _count(event.get("pid")) or None, _finite(event.get("pid_started")) or None
         stage.phase, stage.detail = "start", ""
+        if stage.name == "evaluate":  # another one begins at its beginning
+            stage.step = stage.total_steps = 0
+            stage.pace, stage.phase_seconds = [], {}
         if "resumed_step" in event:
             stage.rewind(_count(event["resumed_step"]))
 
@@ -286,6 +300,9 @@ class RunState:
 
     def _on_totals(self, event: Event) -> None:
         stage = self.stage(str(event.get("stage", "")))
+        if "resumed_step" in event:  # what came after is answered again
+            step = _count(event["resumed_step"])
+            self.samples = [s for s in self.samples if s.get("stage") != stage.name or s["step"] <= step]
         for key in COUNTS:
             _count(event.get(key))
         _mapping(event.get("left_out_reasons"))
@@ -338,14 +355,15 @@ class RunState:
         self.errors.append(event)
 
     def _on_sample(self, event: Event) -> None:
+        _count(event["step"]), _count(event.get("number")), _finite(event.get("seconds"))
         self.samples.append(event)
 
     def _on_result(self, event: Event) -> None:
         _count(event.get("prompts"))
-        for marks in _mapping(event.get("table")).values():
-            for entry in _mapping(marks).values():
-                for key in ("hits", "total", "low", "high"):
-                    _finite(_mapping(entry).get(key))
+        rates = [entry for marks in _mapping(event.get("table")).values() for entry in _mapping(marks).values()]
+        for entry in [*rates, *_mapping(event.get("losses")).values()]:
+            for key in ("hits", "total", "low", "high", "mean"):
+                _finite(_mapping(entry).get(key))
         self.result = event
 
     def _on_stage_end(self, event: Event) -> None:

@@ -38,8 +38,8 @@ from core.ollama import commands, modelfile
 from core.plan import Plan, Quantisation
 from core.reporter import Reporter, Stopped
 from core.runs import Run, is_complete
+from core.scores import expected_of, score
 from core.sources import read_json
-from core.toolcalls import parse_tool_call, score_tool_call
 
 LEAST_AGREEMENT = 0.9
 WORRYING_AGREEMENT = 0.7
@@ -337,13 +337,14 @@ def _says(logits: Any, answer: list[int]) -> bool:
 
 def _calls(texts: list[str], own: list[str], asked: list[answers.Question]) -> dict[str, Any]:
     """How many tool calls are well-formed and how many are right, of the prompts that expect one."""
-    called = [number for number, question in enumerate(asked) if parse_tool_call(question.expected)]
+    expected = [expected_of(question.expected or None) for question in asked]
+    called = [number for number, right in enumerate(expected) if right.calls]
     if not called:
         return {}
 
     def count(replies: list[str]) -> dict[str, int]:
-        scores = [score_tool_call(replies[number], asked[number].expected) for number in called]
-        return {"valid": sum(score.format for score in scores), "right": sum(score.exact for score in scores)}
+        marks = [score(replies[number], expected[number], {}) for number in called]
+        return {"valid": sum(one["format"] for one in marks), "right": sum(one["exact"] for one in marks)}
 
     return {"calls": len(called), **count(texts), **({"model": count(own)} if own else {})}
 

@@ -135,6 +135,13 @@ class StagePlan(Section):
     save_steps: int = option(50, "Checkpoint every N steps", flag="--save-steps", unit="steps", common=True, ge=1)
     save_total_limit: int = option(3, "Checkpoints kept", ge=1)
     eval_steps: int | None = option(None, "Evaluate held-out rows every N steps; default: at each checkpoint", ge=1)
+    early_stopping_patience: int | None = option(
+        None, "Stop once the held-out loss has not fallen in N evaluations", flag="--early-stopping-patience", ge=1
+    )
+    early_stopping_threshold: float = option(0.0, "What the held-out loss must fall by to count", ge=0)
+    load_best_model_at_end: bool = option(
+        False, "The final model is the checkpoint with the lowest held-out loss", flag="--load-best-model-at-end"
+    )
     seed: int = option(42, "Seed of data order and dropout", flag="--seed", ge=0, le=MAX_SEED)
     extra: dict[str, Any] = option({}, "More arguments for TRL's SFTConfig or KTOConfig, checked by name")
 
@@ -149,6 +156,12 @@ class StagePlan(Section):
         if value == 0:
             raise ValueError("0 steps would train nothing; use -1 to go by epochs")
         return value
+
+    @model_validator(mode="after")
+    def held_out_rows_to_judge_by(self) -> "StagePlan":
+        if not self.data.holdout and (self.early_stopping_patience or self.load_best_model_at_end):
+            raise ValueError("the best checkpoint is told by held-out rows, and data.holdout is 0 (--split-dataset)")
+        return self
 
     @field_validator("extra")
     @classmethod
@@ -190,14 +203,31 @@ class KTOPlan(StagePlan):
         return value
 
 
-class EvaluatePlan(Section):
-    """Generation on held-out prompts after training, with the base and after each stage."""
+class SamplesPlan(Section):
+    """A few prompts answered while a stage trains, so that people can read what it learns."""
 
-    enabled: bool = option(False, "Answer held-out prompts at the end and score tool calls", flag="--evaluate")
+    every: int | None = option(
+        None, "Answer a few prompts every N steps of training; default: off", flag="--sample-every", unit="steps", ge=1
+    )
+    file: str | None = option(None, "Rows whose prompts are answered; default: some held out, else trained ones")
+    count: int = option(3, "Prompts answered", unit="prompts", ge=1)
+    max_new_tokens: int = option(80, "Longest answer", unit="tokens", ge=1)
+
+
+class EvaluatePlan(Section):
+    """Held-out prompts answered by the base and after each stage; at the end of a run, or with `finetui eval`."""
+
+    enabled: bool = option(False, "Answer held-out prompts at the end and score them", flag="--evaluate")
     file: str | None = option(None, "Held-out rows; the last assistant turn is the expected answer", flag="--eval-file")
-    max_prompts: int = option(40, "Prompts answered", unit="prompts", ge=1)
-    max_new_tokens: int = option(96, "Longest answer", unit="tokens", ge=1)
+    tools: str | None = option(None, "JSON file of tools: calls are checked against their schemas", flag="--eval-tools")
+    ignore_arguments: list[str] = option([], "Names of arguments that are not compared with the expected ones")
+    max_prompts: int = option(100, "Prompts answered", unit="prompts", ge=1)
+    max_new_tokens: int | None = option(
+        None, "Longest answer; default: what the expected ones need", unit="tokens", ge=1
+    )
     batch_size: int = option(20, "Prompts answered at once", unit="prompts", ge=1)
+    temperature: float = option(0.0, "0: the likeliest token each time; above: drawn, from a fixed seed", ge=0, le=5)
+    loss: Switch = option("auto", "Loss on the expected answers; auto: where they are not all tool calls")
 
 
 class ExportPlan(Section):
@@ -286,6 +316,7 @@ class Plan(Section):
     lora: LoraPlan = Field(default_factory=LoraPlan, description="The adapter")
     sft: SFTPlan = Field(default_factory=SFTPlan, description="Stage SFT")
     kto: KTOPlan = Field(default_factory=KTOPlan, description="Stage KTO")
+    samples: SamplesPlan = Field(default_factory=SamplesPlan, description="Samples while training")
     evaluate: EvaluatePlan = Field(default_factory=EvaluatePlan, description="Evaluation after training")
     export: ExportPlan = Field(default_factory=ExportPlan, description="What is made of the result")
     tracking: TrackingPlan = Field(default_factory=TrackingPlan, description="External trackers")

@@ -11,6 +11,8 @@ from typing import Any
 from core.errors import FinetuiError
 from core.runs import Run
 
+RESUME_ADVICE = "See train.log; `finetui resume` goes on from the newest checkpoint."
+
 
 class Stopped(Exception):
     """A stop was asked for outside the training loop: nothing is half-done, so there is nothing to save."""
@@ -57,9 +59,9 @@ class Reporter:
         """What the current phase is doing."""
         self.event("phase", name=self.phase_name, detail=text)
 
-    def failure(self, error: BaseException) -> None:
+    def failure(self, error: BaseException, advice: str = RESUME_ADVICE) -> None:
         """Write the `error` event of a stage that dies of `error`."""
-        message, advice = str(error), "See train.log; `finetui resume` goes on from the newest checkpoint."
+        message = str(error)
         if isinstance(error, FinetuiError):
             message, advice = error.message, error.advice
         elif type(error).__name__ == "OutOfMemoryError":

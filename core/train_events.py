@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from core.reporter import Reporter, Stopped
+from core.best import best_step
+from core.reporter import RESUME_ADVICE, Reporter, Stopped
 from core.runs import complete_checkpoints, write_manifest
 
-__all__ = ["EventCallback", "Reporter", "Stopped"]
+__all__ = ["RESUME_ADVICE", "EventCallback", "Reporter", "Stopped"]
 
 
 class EventCallback(TrainerCallback):
-    """Turns the trainer's logs and saves into events; stops it when asked; keeps the newest complete checkpoints."""
+    """Turns logs and saves into events; stops the trainer when asked; keeps the newest checkpoints and the best."""
 
     def __init__(self, reporter: Reporter, keep: int) -> None:
         self.reporter, self.keep = reporter, keep
@@ -70,7 +71,8 @@ class EventCallback(TrainerCallback):
         folder = Path(args.output_dir or "") / f"checkpoint-{state.global_step}"
         write_manifest(folder)
         self.reporter.event("checkpoint", step=state.global_step, path=str(folder.relative_to(self.reporter.run.path)))
-        kept = complete_checkpoints(folder.parent)[: self.keep]
+        complete, best = complete_checkpoints(folder.parent), best_step(state.log_history)
+        kept = [*complete[: self.keep], *(path for path in complete if path.name == f"checkpoint-{best}")]
         for other in folder.parent.glob("checkpoint-*"):
             if other not in kept:
                 shutil.rmtree(other, ignore_errors=True)

@@ -22,6 +22,7 @@ WritePlan = Callable[..., Path]
 OWN = {
     "max_length", "max_prompt_length", "extra", "values", "two_stage_lr", "lr_reduction_step", "lr_reduction_factor",
     "sign_correction", "padding_free", "save_total_limit", "desirable_weight", "undesirable_weight", "beta",
+    "early_stopping_patience", "early_stopping_threshold", "load_best_model_at_end",
 }  # fmt: skip
 
 
@@ -446,6 +447,7 @@ def test_a_saved_plan_is_read_back_equal(scratch: Path, data: st.DataObject, met
     chosen = data.draw(st.lists(st.sampled_from(free), max_size=12, unique=True))
     flags = {path: (data.draw(values_of(path), label=path), data.draw(words)) for path in chosen}
     flags |= {"kto.max_prompt_length": (8, "test")} if "kto" in method else {}
+    flags |= {f"{stage}.data.holdout": (0.1, "test") for stage in method.split("-")}  # what stops early needs some
     found = resolve(method, None, flags, gpu_present=data.draw(st.booleans()))
     path = scratch / "plan.yaml"
     save_plan(found, path)

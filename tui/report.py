@@ -54,7 +54,8 @@ def now_words(snapshot: Snapshot, width: int) -> Content:
     if snapshot.status == "stopping":
         head = Content.assemble(status_words("stopping"), "  ", head)
     done = min(1.0, stage.step / stage.total_steps) if stage.total_steps else 0.0
-    steps = f"  step {stage.step}/{stage.total_steps}" if stage.total_steps else ""
+    word = "answer" if stage.name == "evaluate" else "step"
+    steps = f"  {word} {stage.step}/{stage.total_steps}" if stage.total_steps else ""
     left = left_words(stage, snapshot)
     length = max(8, min(60, width - len(steps) - len(left) - 7))
     progress = Content.assemble((bar(done, length), "$text-primary"), f" {100 * done:3.0f} %{steps}{left}")
@@ -96,7 +97,9 @@ def figures(stage: StageState) -> str:
 
 
 def _before(stage: StageState) -> str:
-    """What is known before the first step of training; nothing of other stages, which say in words what they do."""
+    """What is known before the first step."""
+    if stage.name == "evaluate":
+        return "held-out prompts are answered by every model of the run, and the answers scored"
     if stage.name not in TRAINING_STAGES:
         return ""
     if stage.total_steps:

@@ -28,6 +28,7 @@ GROUPS = {
     "lora": "Adapter (LoRA)",
     "sft": "SFT",
     "kto": "KTO",
+    "samples": "Samples while training",
     "evaluate": "Evaluation",
     "export": "After training: merge, GGUF, upload",
     "tracking": "Trackers",
