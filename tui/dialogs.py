@@ -14,6 +14,7 @@ from textual.message import Message
 from textual.screen import ModalScreen, Screen
 from textual.widgets import Button, Input, Log, OptionList
 
+from core.runs import Run
 from core.text import clean
 from tui.widgets import Menu, Room, Words, keys
 
@@ -71,6 +72,16 @@ class RunRoom(Room[None]):
                 self.do(deed)
 
         self.app.push_screen(Confirm(question, consequence, yes), answered)
+
+    def ask_what_to_make(self, run: Run, then: Callable[[], object]) -> None:
+        """The dialog about merged model, GGUF and upload; `then` is done once something was started."""
+        from tui.export import ExportScreen
+
+        def answered(started: bool | None) -> None:
+            if started:
+                then()
+
+        self.app.push_screen(ExportScreen(run), answered)
 
     def copy(self, words: str) -> None:
         copy_words(self, words)
