@@ -1,11 +1,12 @@
 """The model card of an upload: what is true of the model and fit for the public. No torch."""
 
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 from core.artefacts import LINEAGE, merged_folder, read_report
 from core.plan import Plan
-from core.text import duration
+from core.text import clean, duration
 
 if TYPE_CHECKING:
     from core.runs import Run
@@ -127,6 +128,11 @@ def _training(lineage: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _plain(text: object) -> str:
+    """Foreign text in a line: what Markdown or HTML would act on is shown as it is."""
+    return re.sub(r"([\\`*_{}\[\]<>|#!~&$])", r"\\\1", clean(text, 200))
+
+
 def _value(value: Any) -> str:
     return "–" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
@@ -135,7 +141,7 @@ def _data(lineage: dict[str, Any]) -> str:
     lines = ["## Data", ""]
     for stage in lineage["stages"]:
         data = stage["data"]
-        words = f"* **{stage['name'].upper()}**: {data['name']}"
+        words = f"* **{stage['name'].upper()}**: {_plain(data['name'])}"
         if data.get("rows"):
             words += f"; {data['rows']} rows, {data['examples']} trained on, {data['left_out'] or 0} left out"
             words += f", {data['held_out']} held out" if data.get("held_out") else ""
@@ -147,9 +153,9 @@ def _data(lineage: dict[str, Any]) -> str:
             )
         lines.append(words)
         for reason, count in list((data.get("left_out_reasons") or {}).items())[:5]:
-            lines.append(f"  * left out: {count} × {reason}")
+            lines.append(f"  * left out: {count} × {_plain(reason)}")
         for name, digest in (data.get("files") or {}).items():
-            lines.append(f"  * SHA-256 of {name}: `{digest}`")
+            lines.append(f"  * SHA-256 of {_plain(name)}: `{digest}`")
     return "\n".join(lines)
 
 

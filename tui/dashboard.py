@@ -315,13 +315,7 @@ class DashboardScreen(RunRoom):
         self.post_message(self.GoOn(self.run_shown))
 
     def action_export(self) -> None:
-        from tui.export import ExportScreen
-
-        def answered(started: bool | None) -> None:
-            if started:
-                self.wake.set()
-
-        self.app.push_screen(ExportScreen(self.run_shown), answered)
+        self.ask_what_to_make(self.run_shown, self.wake.set)
 
     def action_try_it(self) -> None:
         from tui.chat import ChatScreen

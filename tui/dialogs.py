@@ -73,6 +73,16 @@ class RunRoom(Room[None]):
 
         self.app.push_screen(Confirm(question, consequence, yes), answered)
 
+    def ask_what_to_make(self, run: Run, then: Callable[[], object]) -> None:
+        """The dialog about merged model, GGUF and upload; `then` is done once something was started."""
+        from tui.export import ExportScreen
+
+        def answered(started: bool | None) -> None:
+            if started:
+                then()
+
+        self.app.push_screen(ExportScreen(run), answered)
+
     def copy(self, words: str) -> None:
         copy_words(self, words)
 

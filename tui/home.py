@@ -458,15 +458,8 @@ class HomeScreen(RunRoom):
             self.app.push_screen(Ask(f"Note on {run.name}", before.text, may_be_empty=True), answered)
 
     def action_export(self) -> None:
-        """What to make of the selected run; its dashboard follows once it is started."""
         if run := self._run():
-            from tui.export import ExportScreen
-
-            def answered(started: bool | None) -> None:
-                if started:
-                    self.app.push_screen(DashboardScreen(run))
-
-            self.app.push_screen(ExportScreen(run), answered)
+            self.ask_what_to_make(run, lambda: self.app.push_screen(DashboardScreen(run)))
 
     def action_paths(self) -> None:
         if self._snapshot and self._snapshot.run.name == self.selected:
