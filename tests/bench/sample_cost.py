@@ -4,12 +4,14 @@ usage: python tests/bench/sample_cost.py [--steps N] [--prompts N] [--tokens N]
 """
 
 import argparse
+import os
 import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the product's trainers
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from test_training import Stage
 
