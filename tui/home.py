@@ -33,9 +33,8 @@ from tui.widgets import Banner, Line, Words, status_words
 if TYPE_CHECKING:  # the wizard's modules are half of the start-up: they are imported after the first paint
     from tui.draft import Draft
 
-PERIOD_S = 1.5
+PERIOD_S, GIVE_WAY_S = 1.5, 0.03
 PAGE = 200
-GIVE_WAY_S = 0.03
 COLUMNS = (
     ("status", 10),
     ("name", 28),
