@@ -36,7 +36,9 @@ def gguf(arguments: argparse.Namespace) -> int:
 def upload(arguments: argparse.Namespace) -> int:
     """``finetui upload RUN OWNER/NAME``"""
     take_token(arguments)
-    changes: dict[str, Any] = {"upload": arguments.repository, "private": arguments.private}
+    changes: dict[str, Any] = {"upload": arguments.repository}
+    if arguments.private:  # what the plan or an earlier wish made private stays so
+        changes["private"] = True
     if arguments.save_method:
         changes["save_method"] = arguments.save_method
     if arguments.gguf:

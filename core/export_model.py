@@ -233,15 +233,13 @@ def check_merge(
         return {"skipped": "no prompts were wanted"}
     if why := answers.room_for(parameters, plan.device):
         return {"skipped": why, "reference": reference}
-    model = answers.trained_model(plan, source, trained)
-    ends = answers.ends_of(tokenizer, model.base_model.model)
-    replies, expected = [], []
-    for number, question in enumerate(asked, 1):
-        replies.append(answers.greedy(model, question.ids, plan.export.check_tokens, ends))
-        expected.append(answers.forced(model, question.ids, replies[-1]))
-        _step(reporter, step + number * _weight(step), f"trained model: {number} of {len(asked)} prompts")
-    del model
-    answers.forget()
+    try:
+        replies, expected = _trained_answers(plan, source, trained, asked, tokenizer, step, reporter)
+    except Stopped:
+        raise
+    except Exception as error:  # a form that only its own trainer loads, or no memory: the merge is none the worse
+        answers.forget()
+        return {"skipped": f"the trained model cannot be asked ({' '.join(str(error).split())[:160]})"}
     merged = answers.exported_model(folder, plan.device)
     seen = []
     for number, (question, reply) in enumerate(zip(asked, replies, strict=True), 1):
@@ -250,6 +248,23 @@ def check_merge(
     del merged
     answers.forget()
     return {"reference": reference, **answers.compare(asked, replies, expected, seen).as_json()}
+
+
+def _trained_answers(
+    plan: Plan, source: ModelSource, trained: Trained, asked: list[answers.Question], tokenizer: Any, step: int,
+    reporter: Reporter,
+) -> tuple[list[list[int]], list[torch.Tensor]]:  # fmt: skip
+    """Greedy answers of the model as it was trained, and the logits before each of their tokens."""
+    model = answers.trained_model(plan, source, trained)
+    ends = answers.ends_of(tokenizer, model.base_model.model)
+    replies, logits = [], []
+    for number, question in enumerate(asked, 1):
+        replies.append(answers.greedy(model, question.ids, plan.export.check_tokens, ends))
+        logits.append(answers.forced(model, question.ids, replies[-1]))
+        _step(reporter, step + number * _weight(step), f"trained model: {number} of {len(asked)} prompts")
+    del model
+    answers.forget()
+    return replies, logits
 
 
 def _weight(tensors: int) -> int:

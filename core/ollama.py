@@ -28,6 +28,13 @@ class Family:
     render: Callable[[str, str, str, str], str]
 
 
+# The system prompt goes into the first user turn; no space stands behind [/INST], where the model's own begins.
+_INST = (
+    '{{{{- $system := "" }}}}{{{{- range .Messages }}}}{{{{- if eq .Role "system" }}}}{{{{- $system = .Content }}}}'
+    '{{{{- else if eq .Role "user" }}}}[INST] {{{{ if $system }}}}{system}{{{{ end }}}}{{{{ $system = "" }}}}'
+    '{{{{ .Content }}}} [/INST]{{{{- else if eq .Role "assistant" }}}} {{{{ .Content }}}}{end}'
+    "{{{{- end }}}}{{{{- end }}}}"
+)
 FAMILIES = {
     "ChatML": Family(
         "{{- range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}<|im_start|>assistant\n",
@@ -38,15 +45,14 @@ FAMILIES = {
         ),
     ),
     "Mistral [INST]": Family(
-        "[INST] {{ if .System }}{{ .System }}\n\n{{ end }}{{ .Prompt }} [/INST] {{ .Response }}</s>",
+        _INST.format(system="{{ $system }}\n\n", end="</s>"),
         ("</s>", "[INST]"),
         lambda system, first, answer, then: (
             f"[INST] {system}\n\n{first} [/INST] {answer}</s>[INST] {then} [/INST]"
         ),
     ),
     "Llama 2 [INST]": Family(
-        "[INST] {{ if .System }}<<SYS>>\n{{ .System }}\n<</SYS>>\n\n{{ end }}"
-        "{{ .Prompt }} [/INST] {{ .Response }} </s><s>",
+        _INST.format(system="<<SYS>>\n{{ $system }}\n<</SYS>>\n\n", end=" </s><s>"),
         ("</s>", "[INST]"),
         lambda system, first, answer, then: (
             f"[INST] <<SYS>>\n{system}\n<</SYS>>\n\n{first} [/INST] {answer} </s><s>[INST] {then} [/INST]"

@@ -234,7 +234,10 @@ class ExportPlan(Section):
     """What is made of the trained adapter, stage by stage after training: a merged model, GGUF files, an upload."""
 
     save_method: SaveMethod | None = option(
-        None, "Form that is kept and uploaded; default: the adapter, for an upload merged_16bit", flag="--save-method"
+        None,
+        "Form that is kept and uploaded; default: the adapter, for an upload merged_16bit",
+        flag="--save-method",
+        common=True,
     )
     base: str | None = option(
         None,
@@ -244,12 +247,14 @@ class ExportPlan(Section):
     checkpoint: str | None = option(
         None, "Stage or checkpoint to export, such as sft or kto/checkpoint-50; default: the last stage's result"
     )
-    gguf: list[Quantisation] = option([], "GGUF files for llama.cpp and Ollama", flag="--gguf")
+    gguf: list[Quantisation] = option(
+        [], "GGUF files for llama.cpp and Ollama", flag="--gguf", common=True
+    )
     check_prompts: int = option(
         8, "Prompts that merged model and GGUF files must answer as trained", unit="prompts", ge=0, le=1000
     )
     check_tokens: int = option(48, "Longest answer of that check", unit="tokens", ge=1, le=4096)
-    upload: str | None = option(None, "Repository on the Hub, OWNER/NAME", flag="--upload")
+    upload: str | None = option(None, "Repository on the Hub, OWNER/NAME", flag="--upload", common=True)
     private: bool = option(False, "A repository made for the upload is private", flag="--private")
 
     @property

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Finished, Refused, finish, wait_until
-from exports import save_adapter
+from conftest import Finished, MakeNamed, Refused, finish, wait_until
 from tokenizers.normalizers import Lowercase
 from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM
 
@@ -18,9 +17,12 @@ from core import gguf_tools
 from core.artefacts import made, read_report
 from core.chat import LLAMA2_TEMPLATE, MISTRAL_TEMPLATE, Template
 from core.cli import main
+from core.errors import FinetuiError
 from core.events import EventTail
-from core.export_gguf import misread
+from core.export_gguf import Progress, _convert_well, convert, misread
 from core.ollama import FAMILIES, family_of, modelfile
+from core.plan import Plan
+from core.reporter import Reporter
 from core.runs import Run
 
 needs_tools = pytest.mark.skipif(not gguf_tools.installed(), reason="finetui gguf --install was not run")
@@ -81,12 +83,10 @@ def test_a_kill_while_files_are_made_costs_no_more_than_the_file_at_hand(short_r
 
 @needs_tools
 def test_a_tokenizer_that_llama_cpp_does_not_know_is_told_in_a_sentence(
-    finished: Finished, capfd: pytest.CaptureFixture[str]
+    named: MakeNamed, tiny_model: Path, tmp_path: Path
 ) -> None:
-    run = finished()
-    assert main(["gguf", "one", "--quant", "Q8_0"]) == 1
-    assert "llama.cpp does not know this tokenizer" in capfd.readouterr().out
-    assert (run.path / "merge" / "merged_16bit" / "model.safetensors").is_file(), "the merged model is kept"
+    with pytest.raises(FinetuiError, match="llama.cpp does not know this tokenizer"):
+        convert(tiny_model, tmp_path / "F16.part", 1000, Plan(), Progress(Reporter(named(), "gguf"), 100))
 
 
 def test_without_the_tools_the_command_that_installs_them_is_named(
@@ -112,19 +112,15 @@ def test_an_installation_that_fails_leaves_nothing_and_says_why(
 @needs_tools
 @pytest.mark.parametrize("scheme", ["legacy", "first"])
 def test_sentencepiece_tokenizers_cut_conversations_alike_in_llama_cpp(
-    finished: Finished, short_model: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str], scheme: str
+    named: MakeNamed, tmp_path: Path, scheme: str
 ) -> None:
     """Llama 2 puts a space in front of every stretch of text (legacy), Mistral in front of the first one only."""
-    base = sentencepiece_model(tmp_path / "spm", scheme)
-    save_adapter(base, tmp_path / "adapter")
-    run = finished(base=base, adapter=tmp_path / "adapter", export__check_prompts=1, export__check_tokens=2)
-    assert main(["gguf", "one", "--quant", "F16"]) == 0, capfd.readouterr().out
-    assert (run.path / "merge" / "merged_16bit" / "tokenizer.model").is_file()
-    assert len(phases(run, "convert")) == 1 and made(run, "gguf")
-    assert 'TEMPLATE """[INST]' in (run.path / "gguf" / "Modelfile").read_text()
-    file = next((run.path / "gguf").glob("*.gguf"))
-    tokenizer = AutoTokenizer.from_pretrained(run.path / "merge" / "merged_16bit")
-    assert misread(file, Template.of(tokenizer), []) == {}
+    base, file = sentencepiece_model(tmp_path / "spm", scheme), tmp_path / "F16.gguf"
+    template = Template.of(AutoTokenizer.from_pretrained(base))
+    progress = Progress(Reporter(named(), "gguf"), 100)
+    _convert_well(base, file, 1000, Plan(), template, [], progress)
+    assert misread(file, template, []) == {}
+    assert family_of(template.tokenizer) == "Mistral [INST]"
 
 
 def sentencepiece_model(folder: Path, scheme: str) -> Path:
