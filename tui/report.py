@@ -138,7 +138,7 @@ def next_words(snapshot: Snapshot) -> Content:
     if snapshot.status != "done" or not (folder := final_model(snapshot)):
         return Content("")
     lines = [Content.assemble(("fetch  ", "$foreground-muted"), clean(rsync_line(snapshot, folder), 400))]
-    steps = "c copies the model's path, o shows every path"
+    steps = "i tries the model, v evaluates it, w writes a report, c copies its path, o shows every path"
     if can_go_on_with_kto(snapshot):
         steps = f"k goes on with KTO from this model, {steps}"
     lines.append(Content.assemble(("next   ", "$foreground-muted"), steps))
