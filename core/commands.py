@@ -228,7 +228,11 @@ def watch(arguments: argparse.Namespace) -> int:
 def stop(arguments: argparse.Namespace) -> int:
     """``finetui stop RUN``"""
     run = _run(arguments)
+    task = run.state().task
     request_stop(run)
+    if task:
+        print(f"{run.name}: its evaluation will end. The answers so far are kept: finetui eval {run.name} goes on.")
+        return 0
     print(f"{run.name} will save a checkpoint at the next step and stop. Resume it with: finetui resume {run.name}")
     return 0
 
@@ -236,7 +240,11 @@ def stop(arguments: argparse.Namespace) -> int:
 def abort(arguments: argparse.Namespace) -> int:
     """``finetui abort RUN``"""
     run = _run(arguments)
+    task = run.state().task
     runner.abort(run)
+    if task:
+        print(f"{run.name}: its evaluation is being ended. The answers so far are kept.")
+        return 0
     print(f"{run.name} is being ended. Resume it from its newest checkpoint with: finetui resume {run.name}")
     return 0
 

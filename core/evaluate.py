@@ -25,6 +25,7 @@ from core.runs import Run
 from core.scores import Expected, Marks, expected_of, mean_loss, rates, score
 from core.tools import Tool, read_tools
 from core.train_events import Reporter, Stopped
+from core.train_fit import cap_memory
 from core.variants import Variant
 
 LEAST_TOKENS, MOST_TOKENS, TOKENS_WITHOUT_EXPECTED = 32, 1024, 256
@@ -64,6 +65,7 @@ def evaluate(run: Run, plan: Plan, reporter: Reporter, name: str = "") -> dict[s
     options = options_of(folder) if name else plan.evaluate
     file = Path(options.file) if options.file else None
     tools = read_tools(Path(options.tools)) if options.tools else {}
+    cap_memory(plan, reporter)
     with reporter.phase("load", plan.model.name):
         answerer = Answerer.load(run, plan, reporter.detail)
         held = held_out(plan, file, options.max_prompts, reporter.detail)

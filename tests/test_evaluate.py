@@ -4,11 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import MakeRun, Refused, WriteRows, default_rows, good
+from conftest import MakeRun, Refused, WriteRows, default_rows, good, wait_until
 from test_training import Stage
 
 from core import train
@@ -19,7 +20,7 @@ from core.evaluation import HELD_OUT, Threshold, ask, evaluation_path, evaluatio
 from core.heldout import held_out, prompts_of
 from core.plan import EvaluatePlan
 from core.result_commands import judged
-from core.runs import Run, summary
+from core.runs import Run, is_alive, summary
 from core.train_events import Reporter, Stopped
 
 HELD = {"sft__data__holdout": 0.3, "kto__data__holdout": 0.3}
@@ -200,6 +201,17 @@ def test_every_prompt_trained_on_by_the_other_stage_is_refused(make_run: MakeRun
         held_out(plan, None, 10)
 
 
+def test_what_the_run_it_started_from_was_trained_on_is_not_answered_either(chain: Run, make_run: MakeRun) -> None:
+    before = {prompt.key for prompt in held_out(chain.plan(), None, 100).prompts}
+    same = make_run("kto", model__name="run:chain", kto__data__holdout=0.3).plan()
+    assert {prompt.key for prompt in held_out(same, None, 100).prompts} == before
+    other = make_run("kto", model__name="run:chain", kto__data__holdout=0.3, kto__seed=7).plan()
+    assert {prompt.key for prompt in held_out(other, None, 100).prompts} < before
+    runs_path = chain.path.rename(chain.path.with_name("gone"))
+    assert len(held_out(other, None, 100).prompts) == 3, "nobody can tell any more"
+    assert runs_path.is_dir()
+
+
 def test_fewer_prompts_are_part_of_more(make_run: MakeRun, rows_file: WriteRows) -> None:
     path = rows_file([good(f"prompt {number}") for number in range(50)], "prompts.jsonl")
     plan = make_run("sft").plan()
@@ -277,6 +289,22 @@ def test_an_evaluation_that_fails_says_why_and_the_run_stays_done(chain: Run) ->
     assert told.returncode == 1 and told.stderr.startswith("finetui: ") and "Traceback" not in told.stderr
     assert summary(chain)["status"] == "done"
     assert chain.state().stage("evaluate").state == "failed"
+
+
+def test_a_detached_evaluation_is_stopped_like_a_run_and_goes_on_where_it_was(
+    chain: Run, said: Callable[..., str], counted: list[str]
+) -> None:
+    words = ["eval", chain.name, "--max-new-tokens", 250, "--batch-size", 1, "--temperature", 1]
+    assert command(*words, "--detach").returncode == 0
+    wait_until(lambda: chain.state().stage("evaluate").step >= 1)
+    assert "finetui eval chain goes on" in said("stop", chain.name).replace("\n", " ")
+    wait_until(lambda: not is_alive(chain))
+    assert chain.state().stage("evaluate").state == "stopped" and summary(chain)["status"] == "done"
+    kept = sum('"answer"' in path.read_text() for path in evaluation_path(chain, HELD_OUT).glob("answers-*"))
+    lines = [path.read_text().count('"answer"') for path in evaluation_path(chain, HELD_OUT).glob("answers-*")]
+    assert kept >= 1 and sum(lines) < 9
+    evaluate(chain, chain.plan(), Reporter(chain, "evaluate"), HELD_OUT)
+    assert len(counted) == 9 - sum(lines)
 
 
 def test_an_evaluation_that_is_killed_leaves_a_run_that_is_done(chain: Run) -> None:

@@ -15,6 +15,7 @@ from core import gguf_tools, runner
 from core.artefacts import made, read_report
 from core.cli import main
 from core.errors import FinetuiError
+from core.evaluation import HELD_OUT, REPORT_KEYS, evaluation_path
 from core.runs import write_manifest
 from core.upload import check_upload
 
@@ -41,9 +42,12 @@ def test_a_merged_model_arrives_whole_with_a_true_card_and_no_word_of_this_machi
     hub: Hub, finished: Finished, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run = finished()
-    (run.path / "evaluate").mkdir()
-    marks = {mark: {"hits": 3, "total": 4} for mark in ("format", "tool", "arguments", "exact")}
-    (run.path / "evaluate" / "report.json").write_text(json.dumps({"prompts": 4, "table": {"sft": marks}}))
+    marks = {mark: {"hits": 3, "total": 4, "low": 0.3, "high": 0.95} for mark in ("format", "tool", "exact")}
+    report: dict[str, Any] = {key: kind() for key, kind in REPORT_KEYS.items()}
+    report |= {"prompts": 4, "variants": ["sft"], "table": {"sft": marks}}
+    folder = evaluation_path(run, HELD_OUT)
+    folder.mkdir(parents=True)
+    (folder / "report.json").write_text(json.dumps(report))
     assert main(["upload", "one", "me/model", "--yes"]) == 0
     repo = hub.repos["me/model"]
     assert not repo.private and repo.commits == ["Upload merged_16bit by finetui"]
@@ -53,7 +57,7 @@ def test_a_merged_model_arrives_whole_with_a_true_card_and_no_word_of_this_machi
     assert all(repo.files[name] == (merged / name).read_bytes() for name in sent)
     card = ModelCard(repo.files["README.md"].decode())
     assert card.data.library_name == "transformers" and card.data.tags == ["finetui", "trl", "sft"]
-    for words in ("20 rows, 18 trained on, 2 left out", "2 × no assistant turn", f"`{'ab' * 32}`", "3 of 4 (75 %)",
+    for words in ("20 rows, 18 trained on, 2 left out", "2 × no assistant turn", f"`{'ab' * 32}`", "Answers to 4 held-out prompts", "75 %",
                   "1 min 01 s", "learning_rate", "rank 4, alpha 8", "rows.jsonl", "% of the tokens"):  # fmt: skip
         assert words in card.text, words
     public = b"".join(data for name, data in repo.files.items() if not name.endswith(".safetensors"))

@@ -83,8 +83,8 @@ class Snapshot:
         """The moment up to which clocks run: now while the run lives, else its last sign of life."""
         if self.live:
             return self.taken
-        ends = [stage.ended or 0 for stage in self.state.stages] + [self.state.ended or 0]
-        return max(ends) or self.phase_started or self.taken
+        ends = [stage.ended or 0 for stage in self.state.stages]
+        return self.state.ended or max(ends, default=0) or self.phase_started or self.taken
 
     @property
     def took_s(self) -> float | None:

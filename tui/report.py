@@ -164,7 +164,7 @@ def next_words(snapshot: Snapshot) -> Content:
     if snapshot.status != "done" or not (folder := final_model(snapshot)):
         return Content("")
     lines = [Content.assemble(("fetch  ", "$foreground-muted"), clean(rsync_line(snapshot, folder), 400))]
-    steps = "u merges, makes GGUF or uploads, c copies the path, o every path"
+    steps = "i tries the model, v evaluates, u merges or uploads, w reports, c copies its path, o shows every path"
     if can_go_on_with_kto(snapshot):
         steps = f"k goes on with KTO, {steps}"
     lines.append(Content.assemble(("next   ", "$foreground-muted"), steps))

@@ -105,10 +105,14 @@ def train(folder: Path, name: str, entry: dict[str, Any], path: Path, setting: s
 
 
 def write_tools(path: Path, target: Path) -> Path:
-    """Schemas of the tools that the good rows of a set call."""
+    """Schemas of the tools that the good rows of a set call; where they call none, of those that any row calls."""
     keys: dict[str, Counter[str]] = defaultdict(Counter)
     calls: Counter[str] = Counter()
-    for row in read_rows(path, "sft").used:
+    rows = read_rows(path, "sft", include_undesirable=True).used
+    good = [row for row in rows if row.label is not False]
+    turns = [message for row in good for message in row.messages if message["role"] == "assistant"]
+    called = any(turn.get("tool_calls") or read_calls(str(turn["content"])).calls for turn in turns)
+    for row in good if called else rows:
         for message in row.messages:
             if message["role"] != "assistant":
                 continue
@@ -116,7 +120,7 @@ def write_tools(path: Path, target: Path) -> Path:
             for call in found:
                 if call.well_formed:
                     calls[call.name] += 1
-                    keys[call.name].update(call.arguments or {})
+                    keys[call.name].update(list(call.arguments or {}))
     tools = [
         {
             "name": name,
