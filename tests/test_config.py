@@ -410,7 +410,7 @@ def values_of(path: str) -> st.SearchStrategy[Any]:
     if path == "lora.target_modules":
         return st.lists(words, min_size=1, max_size=4)
     if option.kind is list:
-        return st.lists(st.sampled_from(option.choices), max_size=3, unique=True)
+        return st.lists(st.sampled_from(option.choices) if option.choices else words, max_size=3, unique=True)
     if path == "export.upload":
         return st.sampled_from(["me/model", "my-team/Model_1.5"])
     kinds: dict[type, st.SearchStrategy[Any]] = {
