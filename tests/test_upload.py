@@ -58,7 +58,8 @@ def test_a_merged_model_arrives_whole_with_a_true_card_and_no_word_of_this_machi
     card = ModelCard(repo.files["README.md"].decode())
     assert card.data.library_name == "transformers" and card.data.tags == ["finetui", "trl", "sft"]
     for words in (
-        "20 rows, 18 trained on, 2 left out", "2 × no assistant turn", f"`{'ab' * 32}`", "to 4 held-out prompts", "75 %",
+        "20 rows, 18 trained on, 2 left out", "2 × no assistant turn", f"`{'ab' * 32}`", "to 4 held-out prompts",
+        "75 %",
         "1 min 01 s", "learning_rate", "rank 4, alpha 8", "rows.jsonl", "% of the tokens",
     ):  # fmt: skip
         assert words in card.text, words
