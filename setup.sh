@@ -13,19 +13,21 @@ Usage: ./setup.sh [options]
   --dev              also pytest, ruff and mypy
   --gpu, --cpu       install for a GPU, or for the CPU only, whatever is found here
   --with-flash-attn  also flash-attn (compiles for many minutes; finetui runs without it)
+  --with-gguf        also llama.cpp's tools for GGUF files (20 MB, nothing is compiled; `finetui gguf --install` later)
   --help             this text
 
 The environment variable PYTHON names the interpreter to use (3.11 to 3.13). pip's own settings hold.
 END
 }
 
-quick='' dev='' device='' flash=''
+quick='' dev='' device='' flash='' gguf=''
 for option in "$@"; do
     case $option in
         --quick) quick=yes ;;
         --dev) dev=yes ;;
         --gpu | --cpu) device=${option#--} ;;
         --with-flash-attn) flash=yes ;;
+        --with-gguf) gguf=yes ;;
         -h | --help) usage; exit 0 ;;
         *) echo "setup.sh: unknown option $option" >&2; usage >&2; exit 2 ;;
     esac
@@ -145,5 +147,6 @@ else
     echo "$stamp" >"$stamp_file"
 fi
 
+[ -z "$gguf" ] || .venv/bin/finetui gguf --install || note "GGUF files cannot be made until that works."
 [ -n "$quick" ] || { say "Looking the machine over (finetui doctor)." && .venv/bin/finetui doctor; }
 echo "Start with: ${here}/.venv/bin/finetui"

@@ -32,9 +32,14 @@ def make_plan(
     """
     found = resolve(method, config, settings, gpu_present=card is not None or gpu_present())
     sections: list[Any] = [found.plan.stage(stage).data for stage in found.plan.training_stages]
-    for section in [*sections, found.plan.evaluate]:
+    for section in [*sections, found.plan.evaluate, found.plan.samples]:
         if section.file:
             section.file = str(Path(section.file).expanduser().absolute())
+    base = found.plan.export.base
+    if base and Path(base).expanduser().is_dir():
+        found.plan.export.base = str(Path(base).expanduser().absolute())
+    if found.plan.evaluate.tools:
+        found.plan.evaluate.tools = str(Path(found.plan.evaluate.tools).expanduser().absolute())
     return settle(found, card)
 
 

@@ -1,8 +1,9 @@
 """The commands without the app: ``finetui sft|kto|sft-kto|demo``, ``runs|show|watch|stop|abort|resume|delete RUN``,
-``check``, ``doctor`` and ``plan``.
+``merge|gguf|upload RUN``, ``check``, ``doctor`` and ``plan``.
 
 The flags of the training commands are made from the plan. This module owns standard error and exit codes: 0 done,
-1 the run failed, 2 bad usage, plan or data, 3 no device or no room, 130 interrupted.
+1 the run failed, 2 bad usage, plan or data, 3 no device or no room, 4 an evaluation below what was asked of it,
+130 interrupted.
 """
 
 import argparse
@@ -17,13 +18,16 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from core import __version__
 from core.errors import FinetuiError
-from core.stages import METHODS
+from core.stages import EXPORT_STAGES, METHODS
 
 if TYPE_CHECKING:  # `finetui` alone becomes the app at once
     from core.plan import Option
 
 # Shared flags that would set SFT and KTO to the same value where that cannot be meant.
 ONE_STAGE_ONLY = {"--learning-rate": "learning_rate"}
+
+
+RESULT_COMMANDS = {"eval": "evaluate", "chat": "chat", "compare": "compare", "report": "report"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -141,8 +145,7 @@ def build_parser() -> Parser:
         ("delete", "remove a run's directory"),
     ):  # fmt: skip
         command = commands.add_parser(name, help=text)
-        command.add_argument("run", metavar="RUN", help="name, unique prefix, or `last`")
-        command.add_argument("--runs-dir", type=Path, metavar="DIR", help="folder of the runs")
+        _of_run(command)
         if name in ("show", "watch"):
             command.add_argument("--json", action="store_true", help="JSON instead of text")
         if name == "watch":
@@ -153,6 +156,19 @@ def build_parser() -> Parser:
             _on_end(command)
         if name == "delete":
             command.add_argument("--yes", action="store_true", help="do not ask")
+    _add_exports(commands)
+    _eval_command(commands.add_parser("eval", help="answer held-out prompts with what a run made, and score them"))
+    _of_run(commands.add_parser("chat", help="talk to what a run made, in the app; the base answers beside it"))
+    command = commands.add_parser("compare", help="runs beside each other: results, evaluations, settings that differ")
+    command.add_argument("runs", metavar="RUN", nargs="+", help="two to six runs: names, unique prefixes, or `last`")
+    command.add_argument("--runs-dir", type=Path, metavar="DIR", help="folder of the runs")
+    command.add_argument("--output", type=Path, metavar="FILE", help="write an HTML page with the curves as well")
+    command.add_argument("--no-rows", action="store_true", help="leave prompts and answers out of the page")
+    command.add_argument("--json", action="store_true", help="print one JSON object")
+    command = commands.add_parser("report", help="a run as one HTML page and as Markdown, to send to a colleague")
+    _of_run(command)
+    command.add_argument("--output", type=Path, metavar="FILE", help="write this .html or .md file alone")
+    command.add_argument("--no-rows", action="store_true", help="leave out prompts, answers and samples")
     command = commands.add_parser("runs", help="the history")
     command.add_argument("--runs-dir", type=Path, metavar="DIR", help="folder of the runs")
     command.add_argument("--json", action="store_true", help="JSON instead of a table")
@@ -164,6 +180,68 @@ def build_parser() -> Parser:
     command = commands.add_parser("doctor", help="what is installed, GPU, driver, disk, hub access, WSL2")
     command.add_argument("--json", action="store_true", help="JSON instead of a table")
     return parser
+
+
+def _add_exports(commands: Any) -> None:
+    """``merge``, ``gguf`` and ``upload``: what is made of a run's result."""
+    forms = ("merged_16bit", "merged_4bit", "lora")
+    for name, text in (
+        ("merge", "merge the adapter into its base"), ("gguf", "files for llama.cpp and Ollama"),
+        ("upload", "put the result on the Hub"),
+    ):  # fmt: skip
+        command = commands.add_parser(name, help=text)
+        command.add_argument(
+            "run", metavar="RUN", nargs="?" if name == "gguf" else None, help="name, unique prefix, or `last`"
+        )
+        if name == "upload":
+            command.add_argument("repository", metavar="OWNER/NAME")
+            command.add_argument("--gguf", action="append", metavar="QUANT", help="GGUF files too; can be repeated")
+            command.add_argument("--private", action="store_true", help="make the repository private")
+            command.add_argument("--hf-token", metavar="TOKEN", help="better: set HF_TOKEN, or `hf auth login`")
+            command.add_argument("--yes", action="store_true", help="do not ask")
+        if name == "gguf":
+            words = "F16, Q8_0, Q5_K_M or Q4_K_M (the default); can be repeated"
+            command.add_argument("--quant", action="append", metavar="QUANT", help=words)
+            command.add_argument("--install", action="store_true", help="install llama.cpp's tools first")
+        else:
+            command.add_argument("--save-method", choices=forms[: 3 if name == "upload" else 2])
+        command.add_argument("--checkpoint", metavar="STAGE[/checkpoint-N]", help="this instead of the last result")
+        command.add_argument("--merge-base", dest="base", metavar="MODEL", help="16-bit weights, or dequantised")
+        command.add_argument("--runs-dir", type=Path, metavar="DIR", help="folder of the runs")
+        command.add_argument("--detach", action="store_true", help="do not follow it")
+        command.add_argument("--json", action="store_true", help="print events as JSON lines")
+
+
+def _of_run(command: argparse.ArgumentParser) -> None:
+    command.add_argument("run", metavar="RUN", help="name, unique prefix, or `last`")
+    command.add_argument("--runs-dir", type=Path, metavar="DIR", help="folder of the runs")
+
+
+EVAL_FLAGS = ("max_prompts", "max_new_tokens", "batch_size", "temperature", "loss")
+
+
+def _eval_command(command: argparse.ArgumentParser) -> None:
+    from core.plan import EvaluatePlan, options
+
+    _of_run(command)
+    known = {option.path: option for option in options(EvaluatePlan)}
+    command.add_argument(
+        "--file", type=Path, metavar="FILE", help="prompts to answer (default: the run's held-out rows)"
+    )
+    command.add_argument("--tools", type=Path, metavar="FILE", help=known["tools"].help)
+    command.add_argument(
+        "--ignore-argument", action="append", metavar="NAME", help="an argument that is not compared; may be repeated"
+    )
+    for name in EVAL_FLAGS:
+        option = known[name]
+        shape: dict[str, Any] = {"choices": option.choices} if option.choices else {"type": option.kind, "metavar": "N"}
+        command.add_argument(f"--{name.replace('_', '-')}", help=_help([option]), **shape)
+    command.add_argument(
+        "--fail-under", action="append", default=[], metavar="METRIC=SHARE",
+        help="exit with 4 where the last model (or MODEL.METRIC) does not reach the share; may be repeated",
+    )  # fmt: skip
+    command.add_argument("--detach", action="store_true", help="start and return; `finetui watch` follows")
+    command.add_argument("--json", action="store_true", help="print the report as one JSON object")
 
 
 def _following(command: argparse.ArgumentParser) -> None:
@@ -221,9 +299,17 @@ def _dispatch(arguments: argparse.Namespace) -> int:
         return open_app()
     if name in (*METHODS, "demo"):
         return commands.train(arguments, "sft-kto" if name == "demo" else name, demo=name == "demo")
+    if name in EXPORT_STAGES:
+        from core import commands_export
+
+        return int(getattr(commands_export, name)(arguments))
     if name == "plan":
         print(commands.resolved(arguments, arguments.method).as_yaml(), end="")
         return 0
+    if name in RESULT_COMMANDS:
+        from core import result_commands
+
+        return int(getattr(result_commands, RESULT_COMMANDS[name])(arguments))
     return int(getattr(commands, name)(arguments))
 
 

@@ -14,11 +14,13 @@ from core.cli import open_app, print_json, settings_of, take_token
 from core.config import Resolved
 from core.data import Conversation
 from core.errors import FinetuiError
+from core.heldout import NO_PROMPTS, NO_PROMPTS_ADVICE, held_out, prompts_of
 from core.paths import configs_dir, runs_dir
 from core.plan import DataPlan, Plan, StagePlan
 from core.runs import Run, create_run, delete_run, find_run, list_runs, request_stop, summary
 from core.sources import data_files, model_folder, model_source
 from core.text import clean
+from core.tools import read_tools
 from core.watch import console, follow, runs_table, show_run
 
 
@@ -101,13 +103,27 @@ def preflight(plan: Plan) -> list[str]:
                 notices.append(f"{stage.upper()}: {len(rows.left_out)} of {rows.total} rows are left out: {reasons}")
     if plan.method == "kto" and not source.adapter and not plan.model.name.startswith("run:"):
         notices.append("KTO alone from a model that was not fine-tuned here: SFT first usually works better.")
-    if plan.evaluate.enabled and plan.evaluate.file:
-        read_rows(Path(plan.evaluate.file), "sft")
-    elif plan.evaluate.enabled:
-        last = plan.stage(plan.training_stages[-1]).data
-        if not last.demo and not last.holdout:
-            raise FinetuiError("There are no held-out prompts to answer.", "Give --eval-file FILE or --split-dataset.")
+    if plan.export.stages:
+        from core.commands_export import check_wishes
+
+        notices += [line for line in check_wishes(plan, None) if not line.startswith("Disk: ")]
+    if plan.evaluate.enabled:
+        notices += _preflight_evaluation(plan)
     return notices
+
+
+def _preflight_evaluation(plan: Plan) -> list[str]:
+    """Look for the prompts of the evaluation at the end, as far as that needs no network. Raises FinetuiError."""
+    if plan.evaluate.tools:
+        read_tools(Path(plan.evaluate.tools))
+    stages = [plan.stage(stage).data for stage in plan.training_stages]
+    if plan.evaluate.file:
+        return prompts_of(Path(plan.evaluate.file)).notes
+    if not stages[-1].demo and not stages[-1].holdout:
+        raise FinetuiError(NO_PROMPTS, NO_PROMPTS_ADVICE)
+    if len(stages) > 1 and all(data.file for data in stages):
+        return held_out(plan, None, plan.evaluate.max_prompts).notes
+    return []
 
 
 def _refuse_hopeless_limit(name: str, stage: StagePlan, rows: list[Conversation], model: str) -> None:
@@ -283,7 +299,11 @@ def watch(arguments: argparse.Namespace) -> int:
 def stop(arguments: argparse.Namespace) -> int:
     """``finetui stop RUN``"""
     run = _run(arguments)
+    task = run.state().task
     request_stop(run)
+    if task:
+        print(f"{run.name}: its evaluation will end. The answers so far are kept: finetui eval {run.name} goes on.")
+        return 0
     print(f"{run.name} will save a checkpoint at the next step and stop. Resume it with: finetui resume {run.name}")
     return 0
 
@@ -291,7 +311,11 @@ def stop(arguments: argparse.Namespace) -> int:
 def abort(arguments: argparse.Namespace) -> int:
     """``finetui abort RUN``"""
     run = _run(arguments)
+    task = run.state().task
     runner.abort(run)
+    if task:
+        print(f"{run.name}: its evaluation is being ended. The answers so far are kept.")
+        return 0
     print(f"{run.name} is being ended. Resume it from its newest checkpoint with: finetui resume {run.name}")
     return 0
 

@@ -8,7 +8,6 @@ file's rows (a preference pair is one row of the file and two conversations).
 import csv
 import hashlib
 import json
-import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -423,7 +422,8 @@ def holdout_split(
 ) -> tuple[list[Conversation], list[Conversation]]:
     """Split into (training, held out) by prompt: no prompt stands on both sides, labels keep their proportion.
 
-    Prompts are grouped by which labels they carry and `share` of each group is drawn with `seed`.
+    Prompts are grouped by which labels they carry and `share` of each group is held out: those whose hash with `seed`
+    is lowest. So SFT and KTO hold out nearly the same prompts of one file, though each leaves out rows of its own.
     At least one row stays on each side when `share` > 0 and there are two prompts.
     """
     if share <= 0:
@@ -434,16 +434,19 @@ def holdout_split(
     kinds: dict[frozenset[bool | None], list[str]] = {}
     for key, group in by_prompt.items():
         kinds.setdefault(frozenset(row.label for row in group), []).append(key)
-    chance = random.Random(seed)
     held: set[str] = set()
-    for kind in sorted(kinds, key=str):
-        keys = kinds[kind]
-        chance.shuffle(keys)
+    for keys in kinds.values():
+        keys.sort(key=lambda key: drawn(key, seed))
         held.update(keys[: round(share * len(keys))])
     if not held and len(by_prompt) > 1:
-        held.add(chance.choice(sorted(by_prompt)))
+        held.add(min(by_prompt, key=lambda key: drawn(key, seed)))
     training = [row for row in rows if row.prompt_key not in held]
     return training, [row for row in rows if row.prompt_key in held]
+
+
+def drawn(key: str, seed: int) -> str:
+    """What puts prompts into an order of chance that depends on nothing but the prompt and `seed`."""
+    return hashlib.sha256(f"{seed} {key}".encode()).hexdigest()
 
 
 def class_weights(desirable: int, undesirable: int) -> tuple[float, float]:

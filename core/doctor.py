@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from core import smollm
+from core import gguf_tools, smollm
 from core.gpu import GpuReport, gpu_report
 from core.paths import cache_dir, runs_dir
 
@@ -265,6 +265,13 @@ def _demo_model(report: GpuReport) -> Iterator[Check]:
         yield Check("demo model", "warn", text, f"{sys.executable} -m ensurepip")
 
 
+def _gguf(report: GpuReport) -> Iterator[Check]:
+    if gguf_tools.installed():
+        yield Check("GGUF", "ok", f"llama.cpp's tools are installed (build {gguf_tools.LLAMA_CPP}).")
+    else:
+        yield Check("GGUF", "note", "llama.cpp's tools are not installed; only GGUF files need them.", gguf_tools.HOW)
+
+
 def _is_wsl() -> bool:
     return OSRELEASE.is_file() and "microsoft" in OSRELEASE.read_text().lower()
 
@@ -347,4 +354,4 @@ def _deep(report: GpuReport) -> Iterator[Check]:
         yield Check("deep", "ok", lines[-1])
 
 
-PARTS = (_python, _packages, _torch, _gpus, _machine, _disks, _hub, _demo_model, _wsl, _terminal, _log_out)
+PARTS = (_python, _packages, _torch, _gpus, _machine, _disks, _hub, _demo_model, _gguf, _wsl, _terminal, _log_out)

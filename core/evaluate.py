@@ -1,30 +1,34 @@
-"""Answer held-out prompts with the base model and after each stage, and score the tool calls.
+"""Answer held-out prompts with the base model and with what a run made of it, and score the answers.
 
-``python -P -m core.evaluate RUN evaluate``, run by core.runner after training. Every answer is generated greedily by
-the models of this run; answers and scores go into RUN/evaluate, the table into the event ``result``.
+``python -P -m core.evaluate RUN evaluate [NAME]``, run by core.runner: at the end of a run, or for `finetui eval`.
+Answers are kept as they come and are not generated twice; the table goes into the event ``result`` while it grows, and
+everything into RUN/evaluate/NAME (see core.evaluation).
 """
 
-import contextlib
-import json
 import logging
 import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft import PeftModel
-
-from core.chat import Template
-from core.data import Conversation, holdout_split, read_rows
+from core.chat import Template, TemplateError
 from core.errors import FinetuiError
-from core.paths import writing_whole
-from core.plan import Plan
+from core.evaluate_model import Answerer, in_batches
+from core.evaluation import HELD_OUT, Store, evaluation_path, options_of, report_of, write_report
+from core.heldout import Prompt, held_out
+from core.plan import EvaluatePlan, Plan
 from core.runner import EXIT_STOPPED
 from core.runs import Run
-from core.sources import data_files, demo_files, model_source
-from core.toolcalls import CallScore, score_tool_call, summarise
+from core.scores import Expected, Marks, expected_of, mean_loss, rates, score
+from core.tools import Tool, read_tools
 from core.train_events import Reporter, Stopped
-from core.train_model import load_base, load_tokenizer
+from core.train_fit import cap_memory
+from core.variants import Variant
+
+LEAST_TOKENS, MOST_TOKENS, TOKENS_WITHOUT_EXPECTED = 32, 1024, 256
 
 
 def main() -> int:
@@ -32,166 +36,218 @@ def main() -> int:
     run, stage = Run(Path(sys.argv[1])), sys.argv[2]
     reporter = Reporter(run, stage)
     try:
-        evaluate(run, run.plan(), reporter)
+        evaluate(run, run.plan(), reporter, sys.argv[3] if len(sys.argv) > 3 else "")
         return 0
     except Stopped:
         return EXIT_STOPPED
     except BaseException as error:
-        reporter.failure(error)
+        reporter.failure(error, "The answers so far are kept: start it again and it goes on.")
         logging.getLogger(__name__).exception("the evaluation failed")
         return 1
 
 
-def held_out_rows(plan: Plan, reporter: Reporter) -> list[Conversation]:
-    """The prompts to answer: the plan's file, else the demo's, else the rows held out from the last stage's data.
+@dataclass
+class Case:
+    """One prompt made ready: rendered, its tokens, what is expected of it, the tools it may call."""
 
-    Raises FinetuiError when there are none.
-    """
-    stage = plan.training_stages[-1]
-    settings = plan.stage(stage)
-    if plan.evaluate.file:
-        rows = read_rows(Path(plan.evaluate.file), "sft").used
-    elif settings.data.demo:
-        rows = read_rows(demo_files()["evaluate"], "sft").used
-    elif settings.data.holdout > 0:
-        used = [
-            row for path in data_files(settings.data, stage, reporter.detail) for row in read_rows(path, stage).used
-        ]
-        rows = [row for row in holdout_split(used, settings.data.holdout, settings.seed)[1] if row.label is not False]
-    else:
-        raise FinetuiError("There are no held-out prompts to answer.", "Give --eval-file FILE or --split-dataset.")
-    unique = {row.prompt_key: row for row in rows}
-    return list(unique.values())[: plan.evaluate.max_prompts]
+    prompt: Prompt
+    text: str
+    prompt_ids: list[int] = field(default_factory=list)
+    answer_ids: list[int] = field(default_factory=list)
+    rejected_ids: list[int] = field(default_factory=list)
+    expected: Expected = Expected(None)
+    tools: dict[str, Tool] = field(default_factory=dict)
 
 
-def evaluate(run: Run, plan: Plan, reporter: Reporter) -> None:
-    """Write RUN/evaluate/answers-VARIANT.json for base and each stage, then report.json."""
-    folder = run.stage_path("evaluate")
+def evaluate(run: Run, plan: Plan, reporter: Reporter, name: str = "") -> dict[str, Any]:
+    """Answer, score and write the evaluation `name`; without a name the one the plan asks for. Returns the report."""
+    folder = evaluation_path(run, name or HELD_OUT)
+    options = options_of(folder) if name else plan.evaluate
+    file = Path(options.file) if options.file else None
+    tools = read_tools(Path(options.tools)) if options.tools else {}
+    cap_memory(plan, reporter)
     with reporter.phase("load", plan.model.name):
-        source = model_source(plan.model, reporter.detail)
-        tokenizer, template, _ = load_tokenizer(plan, source)
-        rows = held_out_rows(plan, reporter)
-        model = load_base(plan, source)
-        variants = ["base"]
-        if source.adapter:
-            model = PeftModel.from_pretrained(model, str(source.adapter), adapter_name="start")
-            variants.append("start")
-        for stage in plan.training_stages:
-            final = str(run.final_model(stage))
-            if isinstance(model, PeftModel):
-                model.load_adapter(final, adapter_name=stage)
+        answerer = Answerer.load(run, plan, reporter.detail)
+        held = held_out(plan, file, options.max_prompts, reporter.detail)
+        tools = tools or held.tools
+        cases, left_out = prepared(answerer, held.prompts, tools)
+        limit = options.max_new_tokens or needed_tokens(cases)
+        cases = list(_that_fit(cases, left_out, answerer.context_length, limit))
+    if not cases:
+        said = "; ".join(f"{count} × {reason}" for reason, count in left_out.most_common(2))
+        raise FinetuiError(f"No held-out prompt can be answered: {said}.", "Give others with --file.")
+    work = Work(answerer, cases, options, limit, folder, reporter)
+    reporter.event(
+        "totals", steps=len(cases) * len(answerer.variants) * (1 + work.with_loss), prompts=len(cases),
+        variants=[variant.name for variant in answerer.variants],
+    )  # fmt: skip
+    facts = {
+        "name": name or HELD_OUT, "source": held.source, "notes": held.notes, "left_out": dict(left_out),
+        "complete": {variant.name for variant in answerer.variants} >= set(plan.training_stages),
+        "settings": {
+            "max_new_tokens": limit, "temperature": options.temperature, "ignore_arguments": options.ignore_arguments,
+            "tools": sorted(tools), "max_prompts": options.max_prompts, "chosen": options.model_dump(mode="json"),
+        },
+    }  # fmt: skip
+    for number, variant in enumerate(answerer.variants):
+        with reporter.phase("generate", variant.name):
+            work.answer(number, variant)
+            reporter.event("result", **work.result(facts), partial=variant != answerer.variants[-1] or work.with_loss)
+    if work.with_loss:
+        for number, variant in enumerate(answerer.variants):
+            with reporter.phase("loss", variant.name):
+                work.measure(len(answerer.variants) + number, variant)
+        reporter.event("result", **work.result(facts))
+    report = report_of(facts, work.rows(), [variant.name for variant in answerer.variants], work.seconds)
+    write_report(folder, report, work.rows())
+    return report
+
+
+def prepared(answerer: Answerer, prompts: list[Prompt], tools: dict[str, Tool]) -> tuple[list[Case], Counter[str]]:
+    """Every prompt as a case; what the template refuses is counted by reason."""
+    template, cases, left_out = answerer.template, [], Counter[str]()
+    for prompt in prompts:
+        try:
+            case = Case(prompt, template.render(prompt.messages, prompt.tools), tools=prompt.schemas | tools)
+            if prompt.expected is not None:
+                case.prompt_ids, case.answer_ids = _tokens(template, prompt, prompt.expected)
+                text = answerer.decoded(case.answer_ids)
+                case.expected = expected_of(text, prompt.expected.get("tool_calls"))
             else:
-                model = PeftModel.from_pretrained(model, final, adapter_name=stage)
-            variants.append(stage)
-        model.eval()
-    reporter.event("totals", steps=len(rows) * len(variants), prompts=len(rows), variants=variants)
-    expected = [_expected(template, row) for row in rows]
-    table = {}
-    for number, variant in enumerate(variants):
-        with reporter.phase("generate", variant):
-            answers = _answers(folder, variant, model, tokenizer, template, rows, plan, reporter, number)
-        scores = [score_tool_call(answer, right) for answer, right in zip(answers, expected, strict=True)]
-        _store_answers(folder, variant, rows, template, answers, expected, scores)
-        table[variant] = _marks(scores)
-    report = {"prompts": len(rows), "table": table}
-    reporter.event("result", **report)
-    with writing_whole(folder / "report.json") as stream:
-        json.dump(report, stream, indent=1)
+                case.prompt_ids = template.tokenizer(case.text, add_special_tokens=False)["input_ids"]
+            if prompt.expected is not None and prompt.rejected is not None:
+                _, case.rejected_ids = _tokens(template, prompt, prompt.rejected)
+        except TemplateError as error:
+            left_out[str(error)] += 1
+        else:
+            cases.append(case)
+    return cases, left_out
 
 
-def _expected(template: Template, row: Conversation) -> str:
-    """The expected answer as text, tool calls in the form the model was trained on."""
-    return str(template.prepared([*row.prompt, row.messages[row.last_assistant]])[-1]["content"])
+def _tokens(template: Template, prompt: Prompt, answer: dict[str, Any]) -> tuple[list[int], list[int]]:
+    """Tokens of the prompt and of the answer, as training has them. Raises TemplateError."""
+    found = template.tokenize([*prompt.messages, answer], prompt.tools, only_last=True)
+    if not any(found.trained):
+        raise TemplateError("the expected answer renders to nothing")
+    first = found.trained.index(True)
+    return found.input_ids[:first], [i for i, learnt in zip(found.input_ids, found.trained, strict=True) if learnt]
 
 
-def _answers(
-    folder: Path,
-    variant: str,
-    model: Any,
-    tokenizer: Any,
-    template: Template,
-    rows: list[Conversation],
-    plan: Plan,
-    reporter: Reporter,
-    number: int,
-) -> list[str]:
-    """The variant's answers: from its file where an earlier attempt wrote it, else generated."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        stored = json.loads((folder / f"answers-{variant}.json").read_text(encoding="utf-8"))
-        if len(stored) == len(rows):
-            return [entry["answer"] for entry in stored]
-    context = model.disable_adapter() if variant == "base" else contextlib.nullcontext()
-    if variant != "base":
-        model.set_adapter(variant)
-    answers: list[str] = []
-    with context:
-        for start in range(0, len(rows), plan.evaluate.batch_size):
-            if reporter.stop_asked:
-                raise Stopped
-            prompts = [
-                template.render(row.prompt, row.tools) for row in rows[start : start + plan.evaluate.batch_size]
-            ]
-            answers += generate(model, tokenizer, prompts, plan.evaluate.max_new_tokens)
-            reporter.event("log", step=number * len(rows) + len(answers), variant=variant)
-            reporter.detail(f"{variant}: {len(answers)} of {len(rows)} prompts")
-    return answers
+def needed_tokens(cases: list[Case]) -> int:
+    """A limit that leaves room for answers a quarter longer than the longest expected one."""
+    longest = max((len(case.answer_ids) for case in cases), default=0)
+    return max(LEAST_TOKENS, min(MOST_TOKENS, longest * 5 // 4 + 8)) if longest else TOKENS_WITHOUT_EXPECTED
 
 
-@torch.no_grad()
-def generate(model: Any, tokenizer: Any, prompts: list[str], max_new_tokens: int) -> list[str]:
-    """Greedy answers to rendered prompts, batched with padding on the left, without special tokens."""
-    tokenizer.padding_side = "left"
-    batch = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
-    output = model.generate(
-        **batch,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    return tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+def _that_fit(cases: list[Case], left_out: Counter[str], context: int | None, limit: int) -> Iterator[Case]:
+    for case in cases:
+        if context and len(case.prompt_ids) + max(limit, len(case.answer_ids), len(case.rejected_ids)) > context:
+            left_out["longer than the model's context"] += 1
+        else:
+            yield case
 
 
-def _store_answers(
-    folder: Path,
-    variant: str,
-    rows: list[Conversation],
-    template: Template,
-    answers: list[str],
-    expected: list[str],
-    scores: list[CallScore],
-) -> None:
-    entries = [
-        {
-            "line": row.line,
-            "prompt": template.prepared(row.prompt)[-1]["content"],
-            "expected": right,
-            "answer": answer,
-            "format": score.format,
-            "tool": score.tool,
-            "arguments": score.arguments,
-        }
-        for row, answer, right, score in zip(rows, answers, expected, scores, strict=True)
-    ]
-    with writing_whole(folder / f"answers-{variant}.json") as stream:
-        json.dump(entries, stream, indent=1, ensure_ascii=False)
+class Work:
+    """The answers of every variant, kept in files as they come, and the marks they earn."""
 
+    def __init__(
+        self, answerer: Answerer, cases: list[Case], options: EvaluatePlan, limit: int, folder: Path, reporter: Reporter
+    ) -> None:
+        self.answerer, self.cases, self.options, self.limit = answerer, cases, options, limit
+        self.folder, self.reporter = folder, reporter
+        self.stores: dict[str, Store] = {}
+        self.seconds: dict[str, float] = {}
+        answered = [case for case in cases if case.expected.text is not None]
+        plain = any(not case.expected.calls for case in answered)
+        self.with_loss = bool(answered) and (options.loss == "on" or (options.loss == "auto" and plain))
 
-def _marks(scores: list[CallScore]) -> dict[str, Any]:
-    """Counts with 95 % Wilson intervals, ready for JSON."""
-    marks = summarise(scores)
-    return {
-        name: {"hits": rate.hits, "total": rate.total, "low": round(rate.low, 4), "high": round(rate.high, 4)}
-        for name, rate in (
-            ("format", marks.format),
-            ("tool", marks.tool),
-            ("arguments", marks.arguments),
-            ("exact", marks.exact),
-        )
-    }
+    def answer(self, number: int, variant: Variant) -> None:
+        """The variant's answers: those an earlier attempt wrote, else generated, long prompts last."""
+        store = self._store(variant)
+        missing = [case for case in self.cases if not store.has_answer(case.text, self.limit)]
+        missing.sort(key=lambda case: len(case.prompt_ids))
+        done, begun = len(self.cases) - len(missing), time.monotonic()
+
+        def batch(places: range) -> None:
+            self._halt()
+            chosen = [missing[place] for place in places]
+            found = self.answerer.answers([c.text for c in chosen], self.limit, self.options.temperature)
+            for case, answer in zip(chosen, found, strict=True):
+                store.keep(case.text, answer=answer.text, tokens=answer.tokens, cut=answer.cut, limit=self.limit)
+            count = done + places.stop
+            self.reporter.event("log", step=number * len(self.cases) + count, variant=variant.name)
+            self.reporter.detail(f"{variant.name}: {count} of {len(self.cases)} prompts")
+
+        with self.answerer.using(variant):
+            in_batches(len(missing), self.options.batch_size, batch, self._say_smaller)
+        self.seconds[variant.name] = round(time.monotonic() - begun, 1)
+
+    def measure(self, number: int, variant: Variant) -> None:
+        """The variant's loss on the expected answers, and on the bad ones to the same prompts."""
+        store = self._store(variant)
+        with self.answerer.using(variant):
+            for place, case in enumerate(self.cases, 1):
+                self._halt()
+                for key, ids in (("loss", case.answer_ids), ("rejected_loss", case.rejected_ids)):
+                    if ids and key not in store.entry(case.text):
+                        store.keep(
+                            case.text, **{key: self.answerer.loss(case.prompt_ids, ids), f"{key}_tokens": len(ids)}
+                        )
+                if place % self.options.batch_size == 0 or place == len(self.cases):
+                    self.reporter.event("log", step=number * len(self.cases) + place, variant=variant.name)
+                    self.reporter.detail(f"{variant.name}: {place} of {len(self.cases)} expected answers")
+
+    def _store(self, variant: Variant) -> Store:
+        if variant.name not in self.stores:
+            settings = {"model": variant.identity, "temperature": self.options.temperature}
+            self.stores[variant.name] = Store(self.folder / f"answers-{variant.name}.jsonl", settings)
+        return self.stores[variant.name]
+
+    def _halt(self) -> None:
+        if self.reporter.stop_asked:
+            raise Stopped
+
+    def _say_smaller(self, size: int) -> None:
+        self.reporter.notice(f"GPU memory ran out: from here on {size} prompts are answered at once.", "warning")
+
+    def rows(self) -> list[dict[str, Any]]:
+        """What is known of every case: the prompt, what was expected, each variant's answer with its marks."""
+        return [
+            {
+                "file": Path(case.prompt.file).name, "line": case.prompt.line,
+                "prompt": str(self.answerer.template.prepared(case.prompt.messages)[-1]["content"]),
+                "expected": case.expected.text, "tool": case.expected.tool,
+                "answers": {
+                    name: self._judged(case, store.entry(case.text))
+                    for name, store in self.stores.items()
+                    if "answer" in store.entry(case.text)
+                },
+            }
+            for case in self.cases
+        ]  # fmt: skip
+
+    def _judged(self, case: Case, entry: dict[str, Any]) -> dict[str, Any]:
+        marks: Marks = score(entry["answer"], case.expected, case.tools, self.options.ignore_arguments)
+        found = {"answer": entry["answer"], "tokens": entry["tokens"], "cut": entry["cut"], "marks": marks}
+        if "loss" in entry:
+            found |= {"loss": entry["loss"], "loss_tokens": entry["loss_tokens"]}
+        if "rejected_loss" in entry and "loss" in entry:
+            good, bad = (entry[key] / entry[f"{key}_tokens"] for key in ("loss", "rejected_loss"))
+            marks["preferred"] = good < bad
+        return found
+
+    def result(self, facts: dict[str, Any]) -> dict[str, Any]:
+        """The table so far, as viewers get it."""
+        rows = self.rows()
+        table, losses = {}, {}
+        for name in self.stores:
+            answers = [row["answers"][name] for row in rows if name in row["answers"]]
+            table[name] = rates(answer["marks"] for answer in answers)
+            losses[name] = mean_loss([(a["loss"], a["loss_tokens"]) for a in answers if "loss" in a])
+        return {
+            "name": facts["name"], "source": facts["source"], "prompts": len(self.cases), "table": table,
+            "losses": {name: loss for name, loss in losses.items() if loss},
+        }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -15,8 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from core.stages import EXPORT_STAGES
+
 VERSION = 1
 MAX_TEXT = 20_000
+MAX_ARTEFACTS = 50
 MAX_T = 4e9  # the year 2096; a larger time is no time, and clocks cannot show it
 COUNTS = ("steps", "batch", "rows", "examples", "held_out", "left_out", "tokens", "trained_tokens", "trainable")
 NO_METRICS = frozenset(("t", "step", "epoch", "nonfinite"))
@@ -146,6 +149,8 @@ class StageState:
     pid: int | None = None
     pid_started: float | None = None
     exit: str = ""
+    expected_s: float | None = None
+    """About how long it will take, told before it began."""
 
     def last(self, metric: str) -> float | None:
         """The newest finite value of a metric."""
@@ -193,6 +198,13 @@ class RunState:
     errors: list[Event] = field(default_factory=list)
     samples: list[Event] = field(default_factory=list)
     result: Event = field(default_factory=dict)
+    artefacts: dict[str, Event] = field(default_factory=dict)
+    """What was made of the result, by what it is: ``merged_16bit``, ``Q4_K_M``, ``upload``."""
+    paused_s: float = 0.0
+    """Seconds between the ends of this run and its resumptions."""
+    task: str = ""
+    """What is done to a run that has ended, `evaluate`, while it is; the run's own end stays what it was."""
+    task_started: float | None = None
     nonfinite: int = 0
     waiting_for: tuple[str, str] | None = None
     """The device, and the run that trains there, while this one waits for its turn."""
@@ -207,9 +219,10 @@ class RunState:
 
     @property
     def current(self) -> StageState | None:
-        """The stage that runs or ran last."""
+        """The stage that runs, else the last that did."""
         begun = [stage for stage in self.stages if stage.state != "waiting"]
-        return begun[-1] if begun else None
+        running = [stage for stage in begun if stage.state == "running"]
+        return (running or begun)[-1] if begun else None
 
     def fold(self, event: Event) -> None:
         """Take one event in. Unknown kinds and missing fields are passed over."""
@@ -232,12 +245,34 @@ class RunState:
 
     def _on_run_start(self, event: Event) -> None:
         self.started = self.started or event["t"]
+        self.paused_s += max(0.0, event["t"] - self.ended) if self.ended else 0.0
         self.ended, self.end_status = None, None
         self.errors = []
-        self.start, self.waiting_for = event, None
+        self.start, self.waiting_for, self.task = event, None, ""
         for stage in self.stages:
             if stage.state in ("running", "failed", "stopped", "aborted"):
                 stage.state = "waiting"
+
+    def _on_stages(self, event: Event) -> None:
+        """More was asked of the run than its plan had."""
+        names = [str(name) for name in event.get("stages", [])]
+        named = [self.stage(name) for name in names]
+        for name in event.get("ahead", []):
+            if self.stage(str(name)).state != "running":
+                self.stage(str(name)).state = "waiting"
+        self.stages = [*named, *(stage for stage in self.stages if stage.name not in names)]
+
+    def _on_expected(self, event: Event) -> None:
+        for name, seconds in _mapping(event.get("seconds")).items():
+            self.stage(str(name)).expected_s = _finite(seconds) or None
+
+    def _on_task_start(self, event: Event) -> None:
+        self.task, self.task_started = str(event.get("name", "")), event["t"]
+        self.start = {**self.start, "pid": event.get("pid"), "pid_started": event.get("pid_started")}
+        self.errors, self.waiting_for = [], None
+
+    def _on_task_end(self, event: Event) -> None:
+        self.task, self.task_started = "", None
 
     def _on_waiting(self, event: Event) -> None:
         self.waiting_for = str(event.get("device", "")), str(event.get("holder", ""))
@@ -246,9 +281,14 @@ class RunState:
         self.waiting_for = None
         stage = self.stage(str(event.get("name", "")))
         stage.state, stage.started, stage.ended, stage.exit = "running", event["t"], None, ""
+        if stage.name in EXPORT_STAGES:  # made anew, where trainers go on
+            stage.step, stage.total_steps, stage.pace, stage.phase_seconds = 0, 0, [], {}
         stage.base = str(event.get("base", ""))
         stage.pid, stage.pid_started = _count(event.get("pid")) or None, _finite(event.get("pid_started")) or None
         stage.phase, stage.detail = "start", ""
+        if stage.name == "evaluate":  # another one begins at its beginning
+            stage.step = stage.total_steps = 0
+            stage.pace, stage.phase_seconds = [], {}
         if "resumed_step" in event:
             stage.rewind(_count(event["resumed_step"]))
 
@@ -260,6 +300,9 @@ class RunState:
 
     def _on_totals(self, event: Event) -> None:
         stage = self.stage(str(event.get("stage", "")))
+        if "resumed_step" in event:  # what came after is answered again
+            step = _count(event["resumed_step"])
+            self.samples = [s for s in self.samples if s.get("stage") != stage.name or s["step"] <= step]
         for key in COUNTS:
             _count(event.get(key))
         _mapping(event.get("left_out_reasons"))
@@ -296,6 +339,12 @@ class RunState:
     def _on_checkpoint(self, event: Event) -> None:
         self.stage(str(event.get("stage", ""))).checkpoints.append(_count(event["step"]))
 
+    def _on_artefact(self, event: Event) -> None:
+        _count(event.get("bytes"))
+        _finite(_mapping(event.get("check")).get("token_agreement"))
+        if len(self.artefacts) < MAX_ARTEFACTS:
+            self.artefacts[str(event.get("what", ""))] = event
+
     def _on_gpu(self, event: Event) -> None:
         self.gpu.append(event)
 
@@ -306,14 +355,15 @@ class RunState:
         self.errors.append(event)
 
     def _on_sample(self, event: Event) -> None:
+        _count(event["step"]), _count(event.get("number")), _finite(event.get("seconds"))
         self.samples.append(event)
 
     def _on_result(self, event: Event) -> None:
         _count(event.get("prompts"))
-        for marks in _mapping(event.get("table")).values():
-            for entry in _mapping(marks).values():
-                for key in ("hits", "total", "low", "high"):
-                    _finite(_mapping(entry).get(key))
+        rates = [entry for marks in _mapping(event.get("table")).values() for entry in _mapping(marks).values()]
+        for entry in [*rates, *_mapping(event.get("losses")).values()]:
+            for key in ("hits", "total", "low", "high", "mean"):
+                _finite(_mapping(entry).get(key))
         self.result = event
 
     def _on_stage_end(self, event: Event) -> None:

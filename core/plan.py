@@ -16,7 +16,9 @@ from pydantic.fields import FieldInfo
 
 from core.stages import Method
 
-StageName = Literal["sft", "kto", "evaluate"]
+StageName = Literal["sft", "kto", "evaluate", "merge", "gguf", "upload"]
+SaveMethod = Literal["lora", "merged_16bit", "merged_4bit"]
+Quantisation = Literal["F16", "Q8_0", "Q5_K_M", "Q4_K_M"]
 SIZES = ("135m", "3b", "7b", "13b", "20b")
 
 MAX_SEED = 2**32 - 1  # numpy takes no larger one
@@ -138,6 +140,13 @@ class StagePlan(Section):
     save_steps: int = option(50, "Checkpoint every N steps", flag="--save-steps", unit="steps", common=True, ge=1)
     save_total_limit: int = option(3, "Checkpoints kept", ge=1)
     eval_steps: int | None = option(None, "Evaluate held-out rows every N steps; default: at each checkpoint", ge=1)
+    early_stopping_patience: int | None = option(
+        None, "Stop once the held-out loss has not fallen in N evaluations", flag="--early-stopping-patience", ge=1
+    )
+    early_stopping_threshold: float = option(0.0, "What the held-out loss must fall by to count", ge=0)
+    load_best_model_at_end: bool = option(
+        False, "The final model is the checkpoint with the lowest held-out loss", flag="--load-best-model-at-end"
+    )
     seed: int = option(42, "Seed of data order and dropout", flag="--seed", ge=0, le=MAX_SEED)
     extra: dict[str, Any] = option({}, "More arguments for TRL's SFTConfig or KTOConfig, checked by name")
 
@@ -152,6 +161,12 @@ class StagePlan(Section):
         if value == 0:
             raise ValueError("0 steps would train nothing; use -1 to go by epochs")
         return value
+
+    @model_validator(mode="after")
+    def held_out_rows_to_judge_by(self) -> "StagePlan":
+        if not self.data.holdout and (self.early_stopping_patience or self.load_best_model_at_end):
+            raise ValueError("the best checkpoint is told by held-out rows, and data.holdout is 0 (--split-dataset)")
+        return self
 
     @field_validator("extra")
     @classmethod
@@ -193,14 +208,96 @@ class KTOPlan(StagePlan):
         return value
 
 
-class EvaluatePlan(Section):
-    """Generation on held-out prompts after training, with the base and after each stage."""
+class SamplesPlan(Section):
+    """A few prompts answered while a stage trains, so that people can read what it learns."""
 
-    enabled: bool = option(False, "Answer held-out prompts at the end and score tool calls", flag="--evaluate")
+    every: int | None = option(
+        None, "Answer a few prompts every N steps of training; default: off", flag="--sample-every", unit="steps", ge=1
+    )
+    file: str | None = option(None, "Rows whose prompts are answered; default: some held out, else trained ones")
+    count: int = option(3, "Prompts answered", unit="prompts", ge=1)
+    max_new_tokens: int = option(80, "Longest answer", unit="tokens", ge=1)
+
+
+class EvaluatePlan(Section):
+    """Held-out prompts answered by the base and after each stage; at the end of a run, or with `finetui eval`."""
+
+    enabled: bool = option(False, "Answer held-out prompts at the end and score them", flag="--evaluate")
     file: str | None = option(None, "Held-out rows; the last assistant turn is the expected answer", flag="--eval-file")
-    max_prompts: int = option(40, "Prompts answered", unit="prompts", ge=1)
-    max_new_tokens: int = option(96, "Longest answer", unit="tokens", ge=1)
+    tools: str | None = option(None, "JSON file of tools: calls are checked against their schemas", flag="--eval-tools")
+    ignore_arguments: list[str] = option([], "Names of arguments that are not compared with the expected ones")
+    max_prompts: int = option(100, "Prompts answered", unit="prompts", ge=1)
+    max_new_tokens: int | None = option(
+        None, "Longest answer; default: what the expected ones need", unit="tokens", ge=1
+    )
     batch_size: int = option(20, "Prompts answered at once", unit="prompts", ge=1)
+    temperature: float = option(0.0, "0: the likeliest token each time; above: drawn, from a fixed seed", ge=0, le=5)
+    loss: Switch = option("auto", "Loss on the expected answers; auto: where they are not all tool calls")
+
+
+class ExportPlan(Section):
+    """What is made of the trained adapter, stage by stage after training: a merged model, GGUF files, an upload."""
+
+    save_method: SaveMethod | None = option(
+        None,
+        "Form that is kept and uploaded; default: the adapter, for an upload merged_16bit",
+        flag="--save-method",
+        common=True,
+    )
+    base: str | None = option(
+        None,
+        "16-bit weights to merge into: Hub id, folder, or dequantised (the run's own 4-bit ones); default: known ones",
+        flag="--merge-base",
+    )
+    checkpoint: str | None = option(
+        None, "Stage or checkpoint to export, such as sft or kto/checkpoint-50; default: the last stage's result"
+    )
+    gguf: list[Quantisation] = option(
+        [], "GGUF files for llama.cpp and Ollama", flag="--gguf", common=True
+    )
+    check_prompts: int = option(
+        8, "Prompts that merged model and GGUF files must answer as trained", unit="prompts", ge=0, le=1000
+    )
+    check_tokens: int = option(48, "Longest answer of that check", unit="tokens", ge=1, le=4096)
+    upload: str | None = option(None, "Repository on the Hub, OWNER/NAME", flag="--upload", common=True)
+    private: bool = option(False, "A repository made for the upload is private", flag="--private")
+
+    @property
+    def merged_forms(self) -> list[str]:
+        """``merged_16bit``, ``merged_4bit`` or both: GGUF files and 4-bit weights are made from the 16-bit ones."""
+        if self.save_method == "merged_4bit":
+            return ["merged_16bit", "merged_4bit"]
+        wanted = self.save_method == "merged_16bit" or self.gguf or (self.upload and self.save_method is None)
+        return ["merged_16bit"] if wanted else []
+
+    @property
+    def uploaded_form(self) -> str:
+        """The form that an upload takes."""
+        return self.save_method or "merged_16bit"
+
+    @property
+    def stages(self) -> list[str]:
+        """The stages after training that make all this, in order."""
+        wanted = {"merge": self.merged_forms, "gguf": self.gguf, "upload": self.upload}
+        return [stage for stage, what in wanted.items() if what]
+
+    @field_validator("gguf", mode="before")
+    @classmethod
+    def each_once(cls, value: Any) -> Any:
+        """Quantisations in any case, one by one or with commas, each once."""
+        given = [value] if isinstance(value, str) else value
+        if not isinstance(given, list):
+            return value
+        return list(dict.fromkeys(word.strip().upper() for item in given for word in str(item).split(",") if word))
+
+    @field_validator("upload")
+    @classmethod
+    def a_repository(cls, value: str | None) -> str | None:
+        if value and not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", value, re.ASCII):
+            raise ValueError("a repository is OWNER/NAME, of letters, digits, '.', '_' and '-'")
+        if value and (len(value) > 96 or ".." in value or "--" in value or value.endswith((".", "-", ".git"))):
+            raise ValueError("the Hub allows 96 characters, no '--' or '..', and no '.', '-' or '.git' at the end")
+        return value or None
 
 
 class TrackingPlan(Section):
@@ -230,7 +327,9 @@ class Plan(Section):
     lora: LoraPlan = Field(default_factory=LoraPlan, description="The adapter")
     sft: SFTPlan = Field(default_factory=SFTPlan, description="Stage SFT")
     kto: KTOPlan = Field(default_factory=KTOPlan, description="Stage KTO")
+    samples: SamplesPlan = Field(default_factory=SamplesPlan, description="Samples while training")
     evaluate: EvaluatePlan = Field(default_factory=EvaluatePlan, description="Evaluation after training")
+    export: ExportPlan = Field(default_factory=ExportPlan, description="What is made of the result")
     tracking: TrackingPlan = Field(default_factory=TrackingPlan, description="External trackers")
 
     @property
@@ -240,8 +339,8 @@ class Plan(Section):
 
     @property
     def stages(self) -> list[str]:
-        """Every stage of the run, evaluation included, in order."""
-        return [*self.training_stages, *(["evaluate"] if self.evaluate.enabled else [])]
+        """Every stage of the run, in order: training, evaluation, and what is made of the result."""
+        return [*self.training_stages, *(["evaluate"] if self.evaluate.enabled else []), *self.export.stages]
 
     def stage(self, name: str) -> SFTPlan | KTOPlan:
         """The settings of a training stage."""
@@ -274,9 +373,10 @@ class Option:
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """The words a literal option takes; empty for the others."""
+        """The words a literal option, or a list of such words, takes; empty for the others."""
         found: list[str] = []
-        for member in _members(self.field.annotation):
+        members = _members(self.field.annotation)
+        for member in [*members, *(word for one in members if get_origin(one) is list for word in get_args(one))]:
             if get_origin(member) is Literal:
                 found.extend(str(word) for word in get_args(member))
         return tuple(found)

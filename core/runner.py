@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import IO, TYPE_CHECKING
@@ -20,9 +20,11 @@ from typing import IO, TYPE_CHECKING
 import psutil
 
 from core import __version__, gpu
+from core.artefacts import output_of
 from core.errors import FinetuiError
+from core.machine_use import system, versions
 from core.runs import Run, create_run, find_run, is_alive, process_lives, take_lock, write_holder
-from core.stages import TRAINING_STAGES
+from core.stages import EXPORT_STAGES, TRAINING_STAGES
 from core.turns import device_of, holder, take_turn
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ address): no file of the run has it, no trainer sees it, and a later `finetui re
 EXIT_STOPPED = 75
 EXIT_REFIT = 76
 """The trainer found that fewer rows fit at once, kept that with the run, and wants to be started again."""
+MODULES = {"evaluate": "core.evaluate", **dict.fromkeys(EXPORT_STAGES, "core.export")}
 POLL_S = 0.2
 SAMPLE_S = 5.0
 ABORT_GRACE_S = 15.0
@@ -56,9 +59,10 @@ _started: list[subprocess.Popen[bytes]] = []
 __all__ = ["abort", "create_run", "find_run", "resume", "start"]
 
 
-def start(run: Run) -> int:
+def start(run: Run, *task: str) -> int:
     """Start the runner of `run` in a session of its own and return its process id.
 
+    With `task`, ``"evaluate", NAME``, it does that alone, to a run that has ended, and leaves the run's end as it was.
     The lock is taken here and inherited. Raises FinetuiError when the run is alive already.
     """
     handle = take_lock(run)
@@ -66,7 +70,7 @@ def start(run: Run) -> int:
         for request in (run.stop_path, run.abort_path):
             request.unlink(missing_ok=True)
         with run.log_path.open("ab") as log:
-            process = _spawn([sys.executable, "-P", "-m", "core.runner", str(run.path)], run.path, log, handle)
+            process = _spawn([sys.executable, "-P", "-m", "core.runner", str(run.path), *task], run.path, log, handle)
     except OSError as error:
         raise FinetuiError(f"The runner of {run.name} cannot be started: {error}.", "Check disk and memory.") from error
     finally:
@@ -95,7 +99,8 @@ def abort(run: Run) -> None:
         stage = run.state().current
         if stage and process_lives(stage.pid, stage.pid_started) and stage.pid:
             _end_group(stage.pid)
-        run.events.append("run_end", status="aborted", text="the runner was gone; its trainer was ended")
+        kind = "task_end" if run.state().task else "run_end"
+        run.events.append(kind, status="aborted", text="the runner was gone; its trainer was ended")
 
 
 def _spawn(
@@ -144,8 +149,8 @@ def _end_group(pid: int, reap: Callable[[], object] = bool) -> None:
 class Runner:
     """Walks the stages of one run; `walk` returns when the run has ended."""
 
-    def __init__(self, run: Run, plan: "Plan", lock: int) -> None:
-        self.run, self.plan, self.lock = run, plan, lock
+    def __init__(self, run: Run, plan: "Plan", lock: int, task: Sequence[str] = ()) -> None:
+        self.run, self.plan, self.lock, self.task = run, plan, lock, task
         self.sampler = gpu.Sampler()
         self.next_sample = 0.0
         self.turn: int | None = None
@@ -160,27 +165,53 @@ class Runner:
 
     def walk(self) -> int:
         """Run every stage that is not done yet. Returns the exit code of the run: 0 done or stopped, 1 failed."""
+        if self.task:
+            return self._do_task()
         me = psutil.Process()
         fresh = not any(self.run.stage_path(stage).exists() for stage in self.plan.stages)
         self.run.events.append(
             "run_start", version=__version__, python=sys.version.split()[0], host=platform.node(), pid=me.pid,
-            pid_started=me.create_time(), resumed=not fresh,
+            pid_started=me.create_time(), resumed=not fresh, versions=versions(), system=system(),
         )  # fmt: skip
-        if ended := self._take_turn():
+        if self._needs_device() and (ended := self._take_turn()):
             return self._end(ended)
-        base = ""
-        for index, stage in enumerate(self.plan.stages):
-            if not self.run.stage_done(stage):
-                if self.run.abort_path.exists():
-                    return self._end("aborted")
-                if self.stop_asked():
-                    return self._end("stopped")
-                outcome = self._stage(index, stage, base)
-                if outcome != "done":
-                    return self._end(outcome)
-            if stage in TRAINING_STAGES:
-                base = stage
+        self._foretell()
+        while stage := next((stage for stage in self.plan.stages if not self.run.stage_done(stage)), ""):
+            if self.run.abort_path.exists():
+                return self._end("aborted")
+            if self.stop_asked():
+                return self._end("stopped")
+            index = self.plan.stages.index(stage)
+            trained = [name for name in self.plan.stages[:index] if name in TRAINING_STAGES]
+            outcome = self._stage(index, stage, trained[-1] if trained else "")
+            if outcome != "done":
+                return self._end(outcome)
+            self._look_for_wishes()
         return self._end("done")
+
+    def _look_for_wishes(self) -> None:
+        """What was asked of the run since it started joins the stages that are still ahead."""
+        with contextlib.suppress(FinetuiError, OSError):
+            self.plan.export = self.run.plan().export
+
+    def _foretell(self) -> None:
+        """Say how long the stages ahead will take, as far as earlier runs and sizes tell it."""
+        from core.outlook import expected_seconds
+
+        with contextlib.suppress(FinetuiError, OSError, ValueError):
+            if expected := expected_seconds(self.run, self.plan):
+                self.run.events.append("expected", seconds=expected)
+
+    def _needs_device(self) -> bool:
+        """Whether a stage is ahead that fills the device: what is made of a result can share it."""
+        return any(stage not in EXPORT_STAGES and not self.run.stage_done(stage) for stage in self.plan.stages)
+
+    def _do_task(self) -> int:
+        """Do one thing to a run that has ended. Returns 0 done or stopped, 1 failed."""
+        me, (name, *rest) = psutil.Process(), self.task
+        self.run.events.append("task_start", name=name, of=rest, pid=me.pid, pid_started=me.create_time())
+        outcome = self._take_turn() or self._stage(len(self.plan.stages), name, "", rest)
+        return self._end(outcome, "task_end")
 
     def _take_turn(self) -> str:
         """Take the device, waiting for it where the plan says so; the status where the run was ended meanwhile."""
@@ -210,15 +241,16 @@ class Runner:
         except OSError:
             return -1
 
-    def _end(self, status: str) -> int:
-        self.run.events.append("run_end", status=status)
+    def _end(self, status: str, kind: str = "run_end") -> int:
+        self.run.events.append(kind, status=status)
         for request in (self.run.stop_path, self.run.abort_path):
             request.unlink(missing_ok=True)
         return 1 if status == "failed" else 0
 
-    def _stage(self, index: int, stage: str, base: str) -> str:
-        module = "core.evaluate" if stage == "evaluate" else "core.train"
-        command = [sys.executable, "-P", "-m", module, str(self.run.path), stage, *([base] if base else [])]
+    def _stage(self, index: int, stage: str, base: str, of: Sequence[str] = ()) -> str:
+        module = "core.train" if stage in TRAINING_STAGES else MODULES[stage]
+        more = of if stage == "evaluate" else [base] if base and stage in TRAINING_STAGES else []
+        command = [sys.executable, "-P", "-m", module, str(self.run.path), stage, *more]
         position = self.run.log_path.stat().st_size if self.run.log_path.exists() else 0
         folder, chosen = self.run.stage_path(stage), stage_environment(self.plan)
         with self.run.log_path.open("ab") as log:
@@ -233,8 +265,8 @@ class Runner:
             return "stopped" if self.stop_asked() else self._stage(index, stage, base)
         status = "aborted" if aborted else "stopped" if code == EXIT_STOPPED else "failed"
         if code == 0 and not aborted:
-            status = "done" if self.run.stage_done(stage) else "failed"
-        output = self.run.stage_path(stage) if stage == "evaluate" else self.run.final_model(stage)
+            status = "done" if of or self.run.stage_done(stage) else "failed"
+        output = output_of(self.run, stage)
         self.run.events.append(
             "stage_end", index=index, name=stage, status=status, exit=_exit_words(code), exit_code=code,
             output=str(output.relative_to(self.run.path)) if status == "done" else None,
@@ -270,7 +302,11 @@ class Runner:
     def _explain_signal(self, stage: str, number: int) -> None:
         advice = f"`finetui resume {self.run.name}` goes on from the newest checkpoint."
         if number == getattr(signal, "SIGKILL", 9):
-            advice = f"If memory ran out, lower {stage}.batch_size or {stage}.max_length. {advice}"
+            if stage not in EXPORT_STAGES:
+                length = "" if stage == "evaluate" else f" or {stage}.max_length"
+                advice = f"If memory ran out, lower {stage}.batch_size{length}. {advice}"
+        if self.task:
+            advice = "What it had done is kept: start it again and it goes on."
         self.run.events.append(
             "error", stage=stage, type="Killed", advice=advice,
             message=f"The trainer was ended by {_exit_words(-number)}.",
@@ -312,14 +348,14 @@ def main() -> int:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     try:
-        runner = Runner(run, run.plan(), lock)
+        runner = Runner(run, run.plan(), lock, sys.argv[2:])
         if hasattr(signal, "SIGTERM"):
             signal.signal(signal.SIGTERM, runner.on_signal)
         return runner.walk()
     except Exception as error:
         advice = error.advice if isinstance(error, FinetuiError) else "See train.log."
         run.events.append("error", stage="", type=type(error).__name__, message=str(error), advice=advice)
-        run.events.append("run_end", status="failed")
+        run.events.append("task_end" if sys.argv[2:] else "run_end", status="failed")
         raise
     finally:
         os.close(lock)  # what is started now finds the run ended

@@ -7,6 +7,7 @@ lock. Where there is no ``flock`` (Windows) the process id and start time writte
 
 import contextlib
 import json
+import mmap
 import os
 import re
 import shutil
@@ -23,6 +24,7 @@ from core.errors import FinetuiError
 from core.events import EventLog, RunState, parse_line, state_of
 from core.notes import Note, read_note
 from core.paths import writing_whole
+from core.stages import EXPORT_STAGES
 
 if TYPE_CHECKING:  # a viewer of a thousand runs reads no plan: pydantic is a third of its start
     from core.config import Resolved
@@ -78,10 +80,11 @@ class Run:
         return EventLog(self.events_path)
 
     def plan(self) -> "Plan":
-        """The resolved plan this run was made with. Raises FinetuiError."""
+        """The resolved plan this run was made with, and what was asked of it later. Raises FinetuiError."""
+        from core.artefacts import with_request
         from core.config import load_plan
 
-        return load_plan(self.plan_path)
+        return with_request(load_plan(self.plan_path), self.path)
 
     def state(self) -> RunState:
         """The run as its events tell it."""
@@ -96,7 +99,14 @@ class Run:
     def stage_done(self, stage: str) -> bool:
         """Whether the stage's output is there, whole."""
         if stage == "evaluate":
-            return (self.stage_path(stage) / "report.json").is_file()
+            from core.evaluation import HELD_OUT, evaluation_path, read_report
+
+            report = read_report(evaluation_path(self, HELD_OUT))
+            return bool(report and report.get("complete"))  # one of a run that was stopped is not the stage's
+        if stage in EXPORT_STAGES:
+            from core.artefacts import made
+
+            return made(self, stage)
         return is_complete(self.final_model(stage))
 
     def newest_checkpoint(self, stage: str) -> Path | None:
@@ -342,10 +352,13 @@ def summary(run: Run, tail_bytes: int = 65_536) -> dict[str, Any]:
     state = RunState(name=run.name)
     for event in _ends(run.events_path, tail_bytes):
         state.fold(event)
+    if state.end_status is None and not is_alive(run) and (end := _last_end(run.events_path)):
+        state.fold(end)
     current = state.current
     now = status(run, state.end_status)
-    begun = state.started or state.created
-    until = time.time() if now in ("running", "stopping") else state.ended or _modified(run.events_path)
+    live = now in ("running", "stopping")
+    begun = (state.task_started if live else None) or state.started or state.created
+    until = time.time() if live else state.ended or _modified(run.events_path)
     training = [stage for stage in state.stages if stage.series]
     note = read_note(run.path) or Note(state.note)
     return {
@@ -357,12 +370,22 @@ def summary(run: Run, tail_bytes: int = 65_536) -> dict[str, Any]:
         "pinned": note.pinned,
         "created": state.created,
         "started": state.started,
-        "duration_s": round(until - begun, 1) if begun and until else None,
+        "duration_s": round(max(0.0, until - begun - state.paused_s), 1) if begun and until else None,
         "stage": current.name if current else None,
         "step": current.step if current else 0,
         "loss": next((stage.last("loss") for stage in reversed(training) if stage.last("loss") is not None), None),
         "margin": next((m for stage in reversed(training) if (m := stage.last("rewards/margins")) is not None), None),
     }
+
+
+def _last_end(path: Path) -> dict[str, Any] | None:
+    """The `run_end` of a log whose tail tells only of what was done to the run later; None where it has none."""
+    with contextlib.suppress(OSError, ValueError), path.open("rb") as stream:
+        with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as log:
+            at = log.rfind(b'"kind":"run_end"')
+            if at > log.rfind(b'"kind":"run_start"'):
+                return parse_line(log[log.rfind(b"\n", 0, at) + 1 : log.find(b"\n", at)])
+    return None
 
 
 def _modified(path: Path) -> float | None:

@@ -133,11 +133,11 @@ def data_files(data: DataPlan, stage: str, notify: Notify) -> list[Path]:
 
 
 def demo_files() -> dict[str, Path]:
-    """The demo's files by what they are for: sft, kto, evaluate, tuning. Made once in the cache."""
+    """The demo's files by what they are for: sft, kto, evaluate, tuning, tools. Made once in the cache."""
     from core.demo import write_demo_data
 
     files = write_demo_data(cache_dir() / "demo")
-    return {"sft": files.sft, "kto": files.kto, "evaluate": files.heldout, "tuning": files.tuning}
+    return {"sft": files.sft, "kto": files.kto, "evaluate": files.heldout, "tuning": files.tuning, "tools": files.tools}
 
 
 def _hub_files(data: DataPlan, notify: Notify) -> list[Path]:

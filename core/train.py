@@ -19,23 +19,27 @@ import torch
 from datasets import Dataset
 from trl import KTOConfig, SFTConfig
 
+from core.best import history_of, patience_is_over
 from core.errors import FinetuiError
 from core.fit import Arrangement, keep_arrangement, kept_arrangement, planned_arrangement, smaller_batches
+from core.lineage import file_hashes
 from core.plan import KTOPlan, Plan, SFTPlan, StagePlan
 from core.prepare import StageData, kto_weights, planned_steps, prepare
 from core.runner import EXIT_REFIT, EXIT_STOPPED
 from core.runs import Run, write_manifest
 from core.sources import ModelSource, model_source
 from core.train_arrange import PADDING_FREE_TOKENS, UNSLOTH_PADS, Fitting
+from core.train_best import BestCallback, take_best
 from core.train_events import EventCallback, Reporter, Stopped
 from core.train_fit import FitCallback, Refit, cap_memory, out_of_memory
 from core.train_kto import kto_trainer_class, sft_trainer_class
-from core.train_model import Loaded, adapter_kept, load_model, load_tokenizer
+from core.train_model import Loaded, adapter_kept, load_adapter_weights, load_model, load_tokenizer
+from core.train_samples import sample_callback
 
 OWNED = {
     "output_dir", "per_device_train_batch_size", "max_length", "packing", "padding_free", "report_to", "save_strategy",
     "save_steps", "push_to_hub", "remove_unused_columns", "dataset_kwargs", "bf16", "fp16", "use_cpu", "beta",
-    "train_sampling_strategy", "resume_from_checkpoint", "hub_token",
+    "train_sampling_strategy", "resume_from_checkpoint", "hub_token", "load_best_model_at_end", "metric_for_best_model",
 }  # fmt: skip
 
 
@@ -90,7 +94,7 @@ def train_stage(run: Run, plan: Plan, name: str, base: str, reporter: Reporter) 
         data = prepare(plan.stage(name), name, template, reporter.detail, _progress(reporter))
         for text in data.notices:
             reporter.notice(text)
-        _store_report(folder, data)
+        _store_report(folder, data, file_hashes(plan.stage(name), name))
     fitted = Fitting(plan, name, source, data)
     found = fitted.arrangement(folder, cap, reporter)
     stage = found.applied(plan.stage(name))
@@ -104,19 +108,30 @@ def train_stage(run: Run, plan: Plan, name: str, base: str, reporter: Reporter) 
     if cap and not checkpoint:
         expected = partial(fitted.estimate, found)
         trainer.add_callback(FitCallback(trainer, stage, cap, reporter, found.open_layers, expected))
+    trainer.add_callback(best := BestCallback(stage, reporter))
+    if plan.samples.every:
+        trainer.add_callback(sample_callback(plan.samples, plan.samples.every, loaded, data, trainer, reporter))
     steps = planned_steps(stage, name, len(data.training.examples))
     trainable = sum(parameter.numel() for parameter in loaded.model.parameters() if parameter.requires_grad)
     reporter.event(
         "totals", steps=steps, batch=stage.effective_batch, resumed_step=_step_of(checkpoint), trainable=trainable,
         **data.report(),
     )  # fmt: skip
-    with reporter.phase("train", f"from step {_step_of(checkpoint)}" if checkpoint else ""):
-        reporter.in_training = True
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        reporter.in_training = False
-    if trainer.state.global_step < trainer.state.max_steps:
-        return True
+    history = history_of(checkpoint) if checkpoint else []
+    if checkpoint and patience_is_over(history, stage):  # it had stopped early and was not saved
+        load_adapter_weights(loaded.model, checkpoint)
+        best.tell(history)
+    else:
+        with reporter.phase("train", f"from step {_step_of(checkpoint)}" if checkpoint else ""):
+            reporter.in_training = True
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            reporter.in_training = False
+        history = trainer.state.log_history
+        if trainer.state.global_step < trainer.state.max_steps and not best.stopped_early:
+            return True
     with reporter.phase("save"):
+        if stage.load_best_model_at_end:
+            take_best(loaded.model, history, folder / "checkpoints", reporter)
         save_final(loaded, run.final_model(name))
     return False
 
@@ -127,11 +142,11 @@ def _progress(reporter: Reporter) -> Any:
     )
 
 
-def _store_report(folder: Path, data: StageData) -> None:
+def _store_report(folder: Path, data: StageData, hashes: dict[str, str]) -> None:
     from core.paths import writing_whole
 
     with writing_whole(folder / "data.json") as stream:
-        json.dump(data.report(), stream, indent=1, ensure_ascii=False)
+        json.dump({**data.report(), "sha256": hashes}, stream, indent=1, ensure_ascii=False)
 
 
 def _step_of(checkpoint: Path | None) -> int:

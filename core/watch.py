@@ -10,8 +10,12 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from core.evaluation import variant_words
+from core.evaluation_report import share_words
 from core.events import Event, EventTail, RunState, StageState
 from core.runs import Run, is_alive, request_stop, status, summary
+from core.scores import MARKS
+from core.stages import EXPORT_STAGES
 from core.text import clean, duration, number
 
 POLL_S = 0.5
@@ -20,7 +24,8 @@ GLYPHS = {
     "waiting": "○",
 }  # fmt: skip
 STYLES = {"running": "cyan", "stopping": "yellow", "done": "green", "failed": "red", "crashed": "red"}
-MARKS = ("format", "tool", "arguments", "exact")
+BY_WEIGHT = ("exact", "tool", "format", "arguments", "required", "preferred", "decision", "schema", "alone")
+NAME_WIDTH, MARK_WIDTH = 16, 14
 
 
 def console(stderr: bool = False) -> Console:
@@ -28,14 +33,41 @@ def console(stderr: bool = False) -> Console:
     return Console(stderr=stderr, soft_wrap=True)
 
 
-def follow(run: Run, *, as_json: bool = False, ask: bool = False) -> int:
+def follow(run: Run, *, as_json: bool = False, ask: bool = False, since: int = 0) -> int:
     """Print what happens until the run ends, and return its exit code.
 
     On a terminal a progress bar, else plain lines; with `as_json` every event. Ctrl-C leaves the run going; with
-    `ask` it asks whether to stop it with a checkpoint.
+    `ask` it asks whether to stop it with a checkpoint. Nothing is said of the first `since` bytes of the log.
     """
-    view = _Json() if as_json else _Bar() if sys.stdout.isatty() else _Plain()
     tail, state = EventTail(run.events_path), RunState(name=run.name)
+    while tail.offset < since and (events := tail.read(since - tail.offset)):
+        for event in events:
+            state.fold(event)
+    if not watched(run, tail, state, _Json() if as_json else _view(), ask):
+        return 130
+    end = status(run, state.end_status)
+    if not as_json:
+        show_end(console(), run, state, end)
+    return 0 if end in ("done", "stopped") else 1
+
+
+def follow_task(run: Run, tail: EventTail, state: RunState, *, quiet: bool = False, ask: bool = False) -> str | None:
+    """Print what happens from where `tail` stands until the task on a run has ended.
+
+    Returns how its stage ended, None where the person left it.
+    """
+    if not watched(run, tail, state, _View() if quiet else _view(), ask):
+        return None
+    stage = state.current
+    return stage.state if stage and stage.state != "running" else "crashed"
+
+
+def _view() -> "_View":
+    return _Bar() if sys.stdout.isatty() else _Plain()
+
+
+def watched(run: Run, tail: EventTail, state: RunState, view: "_View", ask: bool) -> bool:
+    """Follow a run until it has ended; False where the person left it going."""
     while True:
         try:
             with view:
@@ -45,14 +77,10 @@ def follow(run: Run, *, as_json: bool = False, ask: bool = False) -> int:
                     _catch_up(tail, state, view)
                     if alive:
                         time.sleep(POLL_S)
-            break
+            return True
         except KeyboardInterrupt:
             if not _go_on(run, ask):
-                return 130
-    end = status(run, state.end_status)
-    if not as_json:
-        show_end(console(), run, state, end)
-    return 0 if end in ("done", "stopped") else 1
+                return False
 
 
 def _catch_up(tail: EventTail, state: RunState, view: "_View") -> None:
@@ -240,33 +268,39 @@ def runs_table(found: list[dict[str, Any]], width: int = 120) -> Table:
     return table
 
 
-def result_table(result: Event) -> Table:
+def result_table(result: Event, width: int = 80) -> Table:
     """The evaluation's table: how many held-out prompts each model answered rightly, with 95 % intervals.
 
-    Raises TypeError, ValueError or AttributeError for an event that is no result; see `shown_result`.
+    As many marks as `width` cells have room for, those that matter most first. Raises TypeError, ValueError or
+    AttributeError for an event that is no result; see `shown_result`.
     """
-    names = {"base": "base model", "start": "start", "sft": "after SFT", "kto": "after KTO"}
-    title = Text(f"{int(result['prompts'])} held-out prompts, share right and its 95 % interval", style="italic")
+    so_far = ", so far" if result.get("partial") else ""
+    title = Text(
+        f"{int(result['prompts'])} held-out prompts, share right and its 95 % interval{so_far}", style="italic"
+    )
     table = Table(box=None, pad_edge=False, title=title, title_justify="left")
-    table.add_column("")
-    for mark in ("format", "right tool", "arguments", "all three"):
-        table.add_column(mark, justify="right")
-    for variant, marks in result["table"].items():
-        cells = [_rate(marks.get(mark, {})) for mark in MARKS]
-        table.add_row(Text(clean(names.get(variant, variant), 30)), *(Text(cell) for cell in cells))
+    table.add_column("", no_wrap=True)
+    losses = result.get("losses") or {}
+    there = {mark for marks in result["table"].values() for mark in marks}
+    room = max(1, (width - NAME_WIDTH) // MARK_WIDTH) - bool(losses)
+    kept = [mark for mark in BY_WEIGHT if mark in there][:room]
+    marks = [mark for mark in MARKS if mark in kept]
+    for mark in marks:
+        table.add_column(MARKS[mark][0], justify="right", no_wrap=True)
+    if losses:
+        table.add_column("loss a token", justify="right", no_wrap=True)
+    for variant, rates in result["table"].items():
+        cells = [share_words(rates.get(mark)) for mark in marks]
+        if losses:
+            cells.append(number(losses[variant]["mean"]) if variant in losses else "–")
+        table.add_row(Text(clean(variant_words(variant), 30)), *(Text(cell) for cell in cells))
     return table
 
 
-def _rate(entry: dict[str, Any]) -> str:
-    hits, total = int(entry.get("hits", 0)), int(entry.get("total", 0)) or 1
-    low, high = (100 * float(entry.get(end, 0)) for end in ("low", "high"))
-    return f"{100 * hits / total:.0f} % [{low:.0f}–{high:.0f}]"
-
-
-def shown_result(result: Event) -> Table | None:
+def shown_result(result: Event, width: int = 80) -> Table | None:
     """The evaluation's table, or None where there is none or the event is not one."""
     try:
-        return result_table(result)
+        return result_table(result, width)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         return None
 
@@ -278,11 +312,13 @@ def show_end(out: Console, run: Run, state: RunState, end: str) -> None:
         out.print(Text(clean(text, newlines=False), style=style), highlight=False)
 
     say(f"{GLYPHS.get(end, '?')} {run.name}: {end}", STYLES.get(end, "bold"))
-    if (table := shown_result(state.result)) is not None:
+    if (table := shown_result(state.result, out.width)) is not None:
         out.print(table)
     for stage in state.stages:
-        if stage.output and stage.state == "done":
+        if stage.output and stage.state == "done" and stage.name not in EXPORT_STAGES:
             say(f"{stage.name}: {run.path / stage.output}")
+    for what, event in state.artefacts.items():
+        say(f"{what}: {event.get('path') if '://' in str(event.get('path')) else run.path / str(event.get('path'))}")
     if end in ("failed", "crashed"):
         for error in state.errors[-1:]:
             say(str(error.get("message", ""))[:600], "red")
@@ -321,4 +357,3 @@ def show_run(out: Console, run: Run) -> None:
     for text in list(dict.fromkeys(notices))[-6:]:
         say(f"  {text}", "yellow")
     show_end(out, run, state, head["status"])
-

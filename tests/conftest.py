@@ -1,8 +1,11 @@
 """Fixtures: models, rows, real runs in temporary folders, a machine without a card, commands that are refused."""
 
+import contextlib
+import io
 import json
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -220,6 +223,107 @@ def make_run(tmp_path: Path, tiny_model: Path, rows_file: Callable[..., Path]) -
         if run.path.exists() and is_alive(run):
             runner.abort(run)
             wait_until(lambda run=run: not is_alive(run), 60)
+
+
+Finished = Callable[..., Run]
+
+
+@pytest.fixture(scope="session")
+def tiny_adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter of the tiny model with random weights."""
+    from exports import save_adapter
+
+    folder = tmp_path_factory.mktemp("tiny-adapter") / "final_model"
+    save_adapter(tiny_model, folder)
+    return folder
+
+
+@pytest.fixture
+def finished(
+    folder: Path, tiny_model: Path, tiny_adapter: Path, rows_file: Callable[..., Path]
+) -> Iterator[Finished]:
+    """Makes runs of the tiny model whose training is over."""
+    from exports import finished_run
+
+    runs: list[Run] = []
+
+    def make(name: str = "one", **settings: Any) -> Run:
+        base, adapter = settings.pop("base", tiny_model), settings.pop("adapter", tiny_adapter)
+        runs.append(finished_run(folder, base, adapter, rows_file(), name, **settings))
+        return runs[-1]
+
+    yield make
+    for run in runs:
+        if run.path.exists() and is_alive(run):
+            runner.abort(run)
+            wait_until(lambda run=run: not is_alive(run), 60)
+
+
+@pytest.fixture(scope="session")
+def short_model(demo_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """SmolLM2 with its first two layers only, real tokenizer and all; and an adapter for it."""
+    from exports import save_adapter
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path_factory.mktemp("short") / "SmolLM2-short"
+    folder.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copyfile(demo_model_dir / name, folder / name)
+    config = json.loads((demo_model_dir / "config.json").read_text()) | {"num_hidden_layers": 2}
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = load_file(demo_model_dir / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if ".layers." not in name or ".layers.0." in name}
+    kept |= {name: tensor for name, tensor in weights.items() if ".layers.1." in name}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    save_adapter(folder, folder.parent / "adapter")
+    return folder, folder.parent / "adapter"
+
+
+@pytest.fixture(scope="session")
+def trained_chain(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """SFT and KTO of the tiny model with held-out rows and samples, trained in this process once; not to be changed."""
+    from test_training import Stage
+
+    from core import train
+    from core.train_events import Reporter
+    from core.train_samples import sample_callback
+
+    folder = tmp_path_factory.mktemp("chain")
+    rows = folder / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in default_rows()))
+    values: dict[str, Any] = {
+        "model.name": str(tiny_model), "lora.r": 8, "device": "cpu", "name": "chain", "samples.every": 2,
+        "samples.max_new_tokens": 6, "evaluate.max_new_tokens": 8,
+    }  # fmt: skip
+    for stage in ("sft", "kto"):
+        values |= {f"{stage}.data.file": str(rows), f"{stage}.data.holdout": 0.3, f"{stage}.batch_size": 4}
+        values |= {f"{stage}.max_steps": 4, f"{stage}.logging_steps": 1, f"{stage}.learning_rate": 1e-2}
+    plan = resolve("sft-kto", None, {k: (v, "test") for k, v in values.items()}, gpu_present=gpu_present())
+    run = create_run(folder / "runs", settle(plan))
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        run.events.append("run_start", pid=1, version="0", python="3", host="secret-host")
+        adapter = None
+        for name in ("sft", "kto"):
+            stage = Stage(run, name, adapter)
+            run.events.append("stage_start", name=name)
+            run.events.append("totals", stage=name, steps=4, batch=4, **stage.data.report())
+            reporter = Reporter(run, name)
+            stage.trainer.add_callback(
+                sample_callback(stage.plan.samples, 2, stage.loaded, stage.data, stage.trainer, reporter)
+            )
+            stage.trainer.train()
+            adapter = run.final_model(name)
+            train.save_final(stage.loaded, adapter)
+            run.events.append("stage_end", name=name, status="done", output=f"{name}/final_model")
+        run.events.append("run_end", status="done")
+    return run
+
+
+@pytest.fixture
+def chain(trained_chain: Run, folder: Path) -> Run:
+    """A copy of the trained chain, in the folder of runs."""
+    shutil.copytree(trained_chain.path, folder / "chain")
+    return Run(folder / "chain")
 
 
 def wait_until(condition: Callable[[], Any], limit_s: float = 120) -> Any:

@@ -21,8 +21,8 @@ WritePlan = Callable[..., Path]
 # Options of a stage that finetui carries out itself; every other one must reach TRL's config.
 OWN = {
     "max_length", "max_prompt_length", "extra", "values", "two_stage_lr", "lr_reduction_step", "lr_reduction_factor",
-    "sign_correction", "padding_free", "regroup", "save_total_limit", "desirable_weight", "undesirable_weight",
-    "beta",
+    "sign_correction", "padding_free", "regroup", "save_total_limit", "desirable_weight", "undesirable_weight", "beta",
+    "early_stopping_patience", "early_stopping_threshold", "load_best_model_at_end",
 }  # fmt: skip
 
 
@@ -410,7 +410,9 @@ def values_of(path: str) -> st.SearchStrategy[Any]:
     if path == "lora.target_modules":
         return st.lists(words, min_size=1, max_size=4)
     if option.kind is list:
-        return st.lists(st.sampled_from(["wandb", "tensorboard", "trackio"]), max_size=3)
+        return st.lists(st.sampled_from(option.choices) if option.choices else words, max_size=3, unique=True)
+    if path == "export.upload":
+        return st.sampled_from(["me/model", "my-team/Model_1.5"])
     kinds: dict[type, st.SearchStrategy[Any]] = {
         bool: st.booleans(), int: st.integers(8, 512), float: st.floats(1e-9, 0.5), str: words,
     }  # fmt: skip
@@ -445,6 +447,7 @@ def test_a_saved_plan_is_read_back_equal(scratch: Path, data: st.DataObject, met
     chosen = data.draw(st.lists(st.sampled_from(free), max_size=12, unique=True))
     flags = {path: (data.draw(values_of(path), label=path), data.draw(words)) for path in chosen}
     flags |= {"kto.max_prompt_length": (8, "test")} if "kto" in method else {}
+    flags |= {f"{stage}.data.holdout": (0.1, "test") for stage in method.split("-")}  # what stops early needs some
     found = resolve(method, None, flags, gpu_present=data.draw(st.booleans()))
     path = scratch / "plan.yaml"
     save_plan(found, path)

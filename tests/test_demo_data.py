@@ -12,7 +12,8 @@ import pytest
 
 from core.demo import FAULTS, GREETINGS, DemoFiles, main, write_demo_data
 from core.demo_tools import FEEDBACK_VALUES, TOOLS, VALUES
-from core.toolcalls import parse_tool_call, score_tool_call
+from core.scores import Marks, expected_of, score
+from core.toolcalls import ToolCall, read_calls
 
 Row = dict[str, Any]
 
@@ -42,8 +43,16 @@ def core_of(text: str) -> str:
     return re.sub(r"\W+", " ", text).strip().casefold()
 
 
+def call_of(row: Row) -> ToolCall | None:
+    return next(iter(read_calls(answer(row)).calls), None)
+
+
+def marks(given: str, expected: str) -> Marks:
+    return score(given, expected_of(expected), {})
+
+
 def tool_of(row: Row) -> str:
-    call = parse_tool_call(answer(row))
+    call = call_of(row)
     assert call is not None
     return call.name
 
@@ -107,9 +116,9 @@ def test_good_answers_follow_the_schema_and_their_values_stand_in_the_request(fi
     types: dict[str, type | tuple[type, ...]] = {"string": str, "integer": int, "number": (int, float)}
     good = [row for row in rows_of(files.kto) if row["label"]]
     for row in rows_of(files.sft) + rows_of(files.heldout) + rows_of(files.tuning) + good:
-        call = parse_tool_call(answer(row))
+        call = call_of(row)
         assert call is not None and call.arguments is not None
-        assert score_tool_call(answer(row), answer(row)).exact
+        assert marks(answer(row), answer(row))["exact"]
         assert list(call.arguments) == schemas[call.name]["required"]
         for name, value in call.arguments.items():
             schema = schemas[call.name]["properties"][name]
@@ -129,7 +138,7 @@ def test_bad_answers_are_wrong_in_the_way_their_fault_says(files: DemoFiles) -> 
     bad = [row for row in rows_of(files.kto) if not row["label"]]
     checked = 0
     for row in bad:
-        fault, call = row["fault"], parse_tool_call(answer(row))
+        fault, call = row["fault"], call_of(row)
         if fault == "broken_json":
             assert call is not None and call.arguments is None
         if fault == "wrong_tool" and sentence(row) in tools:
@@ -137,13 +146,13 @@ def test_bad_answers_are_wrong_in_the_way_their_fault_says(files: DemoFiles) -> 
         if sentence(row) not in examples:
             continue
         checked += 1
-        score = score_tool_call(answer(row), examples[sentence(row)])
-        assert not score.exact
-        assert score.format is (fault not in ("broken_json", "chatter"))
+        found = marks(answer(row), examples[sentence(row)])
+        assert not found["exact"]
+        assert (found["format"] and found["alone"]) is (fault not in ("broken_json", "chatter"))
         if fault in ("wrong_argument", "missing_argument", "invented_argument"):
-            assert score.tool and not score.arguments
+            assert found["tool"] and not found["arguments"]
         if fault == "wrong_tool":
-            assert not score.tool
+            assert not found["tool"]
     assert checked >= 80
     assert Counter(row["fault"] for row in bad) == FAULTS
 

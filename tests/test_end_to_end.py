@@ -17,6 +17,7 @@ from conftest import MakeRun, finish, losses, wait_until
 
 from core import runner
 from core.errors import FinetuiError
+from core.evaluation import HELD_OUT, evaluation_path, read_cases
 from core.runs import Run, is_alive, request_stop, status
 
 
@@ -215,8 +216,8 @@ def test_the_chain_answers_held_out_prompts_at_its_end(make_run: MakeRun, rows_f
     state = run.state()
     assert list(state.result["table"]) == ["base", "sft", "kto"]
     assert state.result["table"]["kto"]["tool"]["total"] == state.result["prompts"] >= 1
-    answers = json.loads((run.path / "evaluate" / "answers-kto.json").read_text())
-    assert all(entry["expected"].startswith("tool_call: set_timer") for entry in answers)
+    cases = read_cases(evaluation_path(run, HELD_OUT))
+    assert all(case["expected"].startswith("tool_call: set_timer") for case in cases)
     assert state.stage("sft").series["eval_loss"]
     adapter = json.loads((run.final_model("kto") / "adapter_config.json").read_text())
     assert adapter["r"] == 8
@@ -231,8 +232,8 @@ def evaluated_and_trained(run: Run) -> tuple[set[str], set[str]]:
     settings = run.plan().kto
     used = read_rows(Path(settings.data.file or ""), "kto").used
     training, _ = holdout_split(used, settings.data.holdout, settings.seed)
-    answered = json.loads((run.path / "evaluate" / "answers-base.json").read_text())
-    return {entry["prompt"] for entry in answered}, {row.prompt[-1]["content"] for row in training}
+    answered = read_cases(evaluation_path(run, HELD_OUT))
+    return {case["prompt"] for case in answered}, {row.prompt[-1]["content"] for row in training}
 
 
 def test_a_later_run_starts_from_an_earlier_ones_result(make_run: MakeRun) -> None:

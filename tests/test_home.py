@@ -12,6 +12,7 @@ from pilots import CONTROLS, HOSTILE, RECORDED, frame, recorded, shows, until
 from core import runner
 from core.backend import settle
 from core.cli import build_parser
+from core.compare import settings_of
 from core.config import resolve
 from core.gpu import GpuReport, GpuSample
 from core.notes import Note, read_note, write_note
@@ -19,7 +20,7 @@ from core.paths import configs_dir
 from core.runs import Run, create_run, is_alive, summary
 from tui.app import FinetuiApp
 from tui.charts import Chart
-from tui.compare import CompareScreen, differences_table, settings_of
+from tui.compare import CompareScreen, differences_table
 from tui.dialogs import Ask, PathsScreen
 from tui.draft import checked, draft_of
 from tui.follow import History, machine_words

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from core.paths import runs_dir
+from core.runs import Run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -14,6 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="finetui", description="The full-screen app.")
     parser.add_argument("--runs-dir", metavar="DIR", help="folder of the runs (default: ./runs or $FINETUI_RUNS)")
     parser.add_argument("--watch", metavar="PATH", help="open this run's directory or recorded log at once")
+    parser.add_argument("--chat", metavar="PATH", help="talk to the model of this run's directory at once")
     arguments = parser.parse_args(argv)
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         print("finetui: The app needs a terminal.", file=sys.stderr)
@@ -25,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from tui.app import FinetuiApp
     from tui.follow import recording
 
-    app = FinetuiApp(folder, recording(Path(arguments.watch)) if arguments.watch else None)
+    watch = recording(Path(arguments.watch)) if arguments.watch else None
+    app = FinetuiApp(folder, watch, Run(Path(arguments.chat)) if arguments.chat else None)
     app.run()
     return app.return_code or 0
 

@@ -34,16 +34,17 @@ KEPT_COMMANDS = ("Theme", "Maximize", "Minimize")
 
 
 class FinetuiApp(App[None]):
-    """finetui in a terminal. `folder` holds the runs; `watch` is a run or a recorded log to open at once."""
+    """finetui in a terminal. `folder` holds the runs; `watch` is a run or a recorded log to open at once, `chat` a run
+    to talk to."""
 
     TITLE = "finetui"
     CSS_PATH = "app.tcss"
     BINDINGS = [Binding("ctrl+q", "quit", "Quit", show=False, priority=True)]
 
-    def __init__(self, folder: Path | None = None, watch: Run | None = None) -> None:
+    def __init__(self, folder: Path | None = None, watch: Run | None = None, chat: Run | None = None) -> None:
         super().__init__()
         self.folder = folder or runs_dir()
-        self.watch_first = watch
+        self.watch_first, self.chat_first = watch, chat
         self.animation_level = "none"
         self._told: set[tuple[str, str]] = set()
         if (kept := kept_settings().get("theme")) in self.available_themes:
@@ -60,6 +61,10 @@ class FinetuiApp(App[None]):
         self.set_interval(LOOK_AT_TERMINAL_S, self.end_without_terminal)
         if self.watch_first:
             self.push_screen(DashboardScreen(self.watch_first))
+        if self.chat_first:
+            from tui.chat import ChatScreen
+
+            self.push_screen(ChatScreen(self.chat_first))
 
     def end_without_terminal(self) -> None:
         """Leave when standard input has hung up: without a terminal the input thread would spin."""

@@ -58,6 +58,8 @@ class Panel:
     unit: str = ""
     timed: bool = False
     """The axis is seconds, not steps."""
+    counted: str = "step"
+    """What the axis counts where it is not seconds."""
 
 
 def panels(
@@ -301,7 +303,7 @@ class Chart(Widget):
         assert self.panel
         timed = self.panel.timed
         first = seconds_words(frame.first) if timed else f"{frame.first:.0f}"
-        last = seconds_words(frame.last) if timed else f"step {frame.last:.0f}"
+        last = seconds_words(frame.last) if timed else f"{self.panel.counted} {frame.last:.0f}"
         middle = (frame.first + frame.last) / 2
         half = seconds_words(middle) if timed else f"{middle:.0f}"
         left = f"{first:<{width // 2 - len(half) // 2}}{half}" if width > 36 else first

@@ -16,8 +16,18 @@ from textual.message import Message
 from textual.widgets import Static
 from textual.worker import get_current_worker
 
-from core.config import flatten
-from core.errors import FinetuiError
+from core.compare import (
+    AXES,
+    RESULTS,
+    Side,
+    change_rows,
+    differences,
+    evaluation_rows,
+    over_examples,
+    same_prompts,
+    shared_answers,
+    sides_of,
+)
 from core.events import StageState
 from core.runs import Run
 from core.stages import TRAINING_STAGES
@@ -35,11 +45,6 @@ METRICS = tuple(
     for title, keys in STEP_PANELS
     for key, name in keys
 )
-RESULTS = (
-    ("loss", "loss", 4), ("eval_loss", "held-out loss", 4), ("rewards/margins", "margin", 3), ("kl", "KL", 3),
-    ("tokens_per_s", "tokens/s", 3),
-)  # fmt: skip
-SAME_ANYWAY = ("name", "note")
 
 
 class CompareScreen(Room[None]):
@@ -48,7 +53,8 @@ class CompareScreen(Room[None]):
     BINDINGS = [
         Binding("m", "metric(1)", "Next metric"),
         Binding("M", "metric(-1)", "Metric before", show=False),
-        Binding("t", "time", "Steps or time"),
+        Binding("t", "axis", "Steps, time, examples"),
+        Binding("a", "answers", "Answers"),
         Binding("e", "view('smooth')", "Smooth"),
         Binding("y", "view('log')", "Log scale"),
         Binding("z", "view('zoom')", "Zoom"),
@@ -61,10 +67,10 @@ class CompareScreen(Room[None]):
 
     @dataclass
     class Seen(Message):
-        """The runs as they are now, in their order, and their settings by dotted path."""
+        """The runs as they are now, in their order, and what lies in their folders."""
 
         snapshots: list[Snapshot]
-        settings: list[dict[str, Any]]
+        sides: list[Side]
 
     def __init__(self, runs: Sequence[Run]) -> None:
         super().__init__()
@@ -72,7 +78,7 @@ class CompareScreen(Room[None]):
         self.wake = Event()
         self.seen_now: CompareScreen.Seen | None = None
         self.curve = 0
-        self.timed = False
+        self.axis = 0
         self.view = View()
 
     def body(self) -> ComposeResult:
@@ -81,6 +87,8 @@ class CompareScreen(Room[None]):
             yield Words(id="metrics")
             yield Chart(id="overlay")
             yield Static(id="results", markup=False)
+            yield Static(id="evaluations", markup=False)
+            yield Words(id="changes")
             yield Static(id="differences", markup=False)
 
     def on_mount(self) -> None:
@@ -95,13 +103,13 @@ class CompareScreen(Room[None]):
         """Read every run, then again while something changes."""
         worker = get_current_worker()
         followers = [Follower(run) for run in self.runs]
-        settings = [settings_of(run) for run in self.runs]
+        sides = sides_of(self.runs)
         known: list[Snapshot | None] = [None] * len(followers)
         while not worker.is_cancelled:
             fresh = [follower.read() for follower in followers]
             known = [new or old for new, old in zip(fresh, known, strict=True)]
             if any(fresh) and all(known):
-                self.post_message(self.Seen([one for one in known if one], settings))
+                self.post_message(self.Seen([one for one in known if one], sides))
             self.wake.wait(PERIOD_S)
             self.wake.clear()
 
@@ -131,7 +139,7 @@ class CompareScreen(Room[None]):
         curves = self.curves()
         self.curve = self.curve % len(curves) if curves else 0
         words = "no run has logged a step" if not curves else f"{self.curve + 1} of {len(curves)}: m goes on"
-        over = "training time" if self.timed else "steps"
+        over = AXES[self.axis].replace("time", "training time")
         self.query_one("#metrics", Words).say(
             Content.assemble((f"{words}  over {over}", "$foreground-muted"), (f"  {self.view.words()}", "bold"))
         )
@@ -139,24 +147,51 @@ class CompareScreen(Room[None]):
             stage, key = curves[self.curve]
             lines = tuple(self._line(index, snapshot, stage, key) for index, snapshot in enumerate(snapshots))
             title = f"{STAGE_NAMES[stage]} {dict(METRICS)[key]}"
-            self.query_one(Chart).show(Panel(title, lines, timed=self.timed), self.view)
+            timed = AXES[self.axis] == "time"
+            counted = "example" if AXES[self.axis] == "examples" else "step"
+            self.query_one(Chart).show(Panel(title, lines, timed=timed, counted=counted), self.view)
         self.query_one("#results", Static).update(results_table(snapshots))
-        self.query_one("#differences", Static).update(differences_table(event.settings))
+        self.paint_evaluations(event.sides)
+        self.query_one("#differences", Static).update(differences_table([side.settings for side in event.sides]))
+
+    def paint_evaluations(self, sides: Sequence[Side]) -> None:
+        """What the runs' last models earned, and whether the prompts were the same."""
+        rows = evaluation_rows(sides)
+        place, said = self.query_one("#evaluations", Static), self.query_one("#changes", Words)
+        place.display = said.display = bool(rows)
+        place.update(evaluations_table(rows, len(sides)) if rows else "")
+        several = sum(bool(side.report) for side in sides) > 1
+        other = ["They answered other prompts; below, only those that both answered count."]
+        said.say("\n".join([*(other if several and not same_prompts(sides) else []), *change_rows(sides)]))
 
     def _line(self, index: int, snapshot: Snapshot, stage_name: str, key: str) -> tuple[str, Any]:
         stage = next((stage for stage in snapshot.state.stages if stage.name == stage_name), None)
         points = stage.series.get(key, []) if stage else []
-        if self.timed:
+        if AXES[self.axis] == "time":
             return short(snapshot), over_time(points, snapshot.clocks.get(stage_name, []))
+        if AXES[self.axis] == "examples":
+            return short(snapshot), over_examples(points, stage.totals.get("batch") or 1 if stage else 1)
         return short(snapshot), points
 
     def action_metric(self, by: int) -> None:
         self.curve += by
         self._again()
 
-    def action_time(self) -> None:
-        self.timed = not self.timed
+    def action_axis(self) -> None:
+        self.axis = (self.axis + 1) % len(AXES)
         self._again()
+
+    def action_answers(self) -> None:
+        """The prompts that several of the runs answered, those first on which they differ."""
+        shared = shared_answers(self.seen_now.sides) if self.seen_now else []
+        if not shared:
+            words = "Evaluate two of the runs on the same prompts: v at home or on the dashboard."
+            self.notify(words, title="No prompt was answered by two of these runs", markup=False)
+            return
+        from tui.evaluation import SideBySide, items_of_shared
+
+        names = [short(snapshot) for snapshot in self.seen_now.snapshots] if self.seen_now else []
+        self.app.push_screen(SideBySide(items_of_shared(shared, names)))
 
     def action_view(self, what: str) -> None:
         if what == "zoom":
@@ -217,8 +252,6 @@ def results_table(snapshots: Sequence[Snapshot]) -> Table:
         row(f"{STAGE_NAMES[name]} steps", [f"{s.step}/{s.total_steps}" if s and s.step else "–" for s in stages])
         for key, word, digits in RESULTS:
             row(f"{STAGE_NAMES[name]} {word}", [_last(stage, key, digits) for stage in stages])
-    for variant, word in (("base", "base model"), ("sft", "after SFT"), ("kto", "after KTO")):
-        row(f"{word}, all three", [_exact(snapshot, variant) for snapshot in snapshots])
     return table
 
 
@@ -226,29 +259,19 @@ def _last(stage: StageState | None, key: str, digits: int) -> str:
     return number(stage.last(key), digits) if stage else "–"
 
 
-def _exact(snapshot: Snapshot, variant: str) -> str:
-    """Held-out prompts answered wholly right, from the evaluation; – where there is none."""
-    try:
-        entry = snapshot.state.result["table"][variant]["exact"]
-        return f"{int(entry['hits'])}/{int(entry['total'])}"
-    except (LookupError, TypeError, ValueError):
-        return "–"
-
-
-def settings_of(run: Run) -> dict[str, Any]:
-    """The plan of a run by dotted path; empty where it cannot be read."""
-    try:
-        return flatten(run.plan().model_dump(mode="json"), keep_auto=True)
-    except (FinetuiError, OSError, ValueError):
-        return {}
-
-
 def differences_table(settings: Sequence[dict[str, Any]]) -> Table:
     """The settings that are not the same in every run, a column a run; a plan that cannot be read differs in none."""
-    paths = sorted({path for one in settings for path in one if path not in SAME_ANYWAY})
-    unlike = [path for path in paths if len({repr(one.get(path)) for one in settings if one}) > 1]
+    unlike = differences(settings)
     table = _table("Settings that differ" if unlike else "Settings: all the same", len(settings))
-    for path in unlike:
-        cells = ["–" if one.get(path) is None else str(one[path]) for one in settings]
+    for path, values in unlike:
+        cells = ["–" if value is None else str(value) for value in values]
         table.add_row(Text(path, style="dim"), *(Text(clean(cell, 60)) for cell in cells))
+    return table
+
+
+def evaluations_table(rows: Sequence[tuple[str, list[str]]], count: int) -> Table:
+    """What each run's last model earned on its held-out prompts, a column a run."""
+    table = _table("Held-out prompts, share right and its 95 % interval", count)
+    for word, cells in rows:
+        table.add_row(Text(word, style="dim"), *(Text(clean(cell, 40)) for cell in cells))
     return table

@@ -26,6 +26,7 @@ from tui.follow import Follower, LogTail, Recording, Snapshot
 from tui.report import (
     STAGE_NAMES,
     alert_words,
+    can_be_exported,
     can_go_on_with_kto,
     end_words,
     final_model,
@@ -36,6 +37,7 @@ from tui.report import (
     side_words,
     stage_state,
 )
+from tui.samples import SamplesScreen, newest_words
 from tui.widgets import Banner, StepBar, Words, status_words
 
 PERIOD_S = 1.0
@@ -58,7 +60,11 @@ class DashboardScreen(RunRoom):
         Binding("a", "abort", "Abort"),
         Binding("r", "resume", "Resume"),
         Binding("k", "kto", "KTO from here"),
+        Binding("u", "export", "Merge, GGUF, upload"),
+        Binding("v", "evaluate", "Evaluate"),
+        Binding("i", "try_it", "Try it"),
         Binding("l", "log", "Log"),
+        Binding("p", "samples", "Samples", show=False),
         Binding("m", "panel(1)", "Next curves", show=False),
         Binding("M", "panel(-1)", "Curves before", show=False),
         *(
@@ -68,6 +74,7 @@ class DashboardScreen(RunRoom):
         Binding("e", "view('smooth')", "Smooth the curves", show=False),
         Binding("y", "view('log')", "Log scale", show=False),
         Binding("z", "view('zoom')", "Zoom to the last part", show=False),
+        Binding("w", "report", "Write a report to send", show=False),
         Binding("o", "paths", "Open folder: every path", show=False),
         Binding("c", "copy", "Copy the model's path", show=False),
         Binding("escape,h", "leave", "Home", key_display="esc"),
@@ -119,6 +126,7 @@ class DashboardScreen(RunRoom):
                 with Vertical(id="left"):
                     yield Words(id="panels")
                     yield ChartGrid(id="charts")
+                    yield Words(id="samples")
                     yield Words(id="notes")
                 yield Words(id="side")
 
@@ -182,6 +190,9 @@ class DashboardScreen(RunRoom):
         found = alerts(snapshot)
         self.paint_end(snapshot, [alert for alert in found if alert.weight > 1])
         self.paint_charts(shown, snapshot)
+        answers = newest_words(state, max(20, self.query_one("#left").size.width - 2)) if state.samples else Content("")
+        self.query_one("#samples").display = bool(answers)
+        self.query_one("#samples", Words).say(answers)
         worth_knowing = alert_words([alert for alert in found if alert.weight < 2])
         self.query_one("#notes", Words).say(Content("\n").join(filter(None, [worth_knowing, notes_words(state)])))
         self.query_one("#side", Words).say(side_words(snapshot))
@@ -190,7 +201,7 @@ class DashboardScreen(RunRoom):
         result = self.query_one("#result", Static)
         if snapshot.state.result != self._result:
             self._result = snapshot.state.result
-            result.update(shown_result(self._result) or "")
+            result.update(shown_result(self._result, max(20, self.size.width - 4)) or "")
         result.display = bool(self._result)
         words = Content("\n").join(filter(None, [end_words(snapshot), next_words(snapshot)]))
         for name, said in (("#end", words), ("#alerts", alert_words(worrying))):
@@ -233,6 +244,12 @@ class DashboardScreen(RunRoom):
             return ended and not isinstance(self.run_shown, Recording)
         if action == "kto":
             return self.snapshot is not None and can_go_on_with_kto(self.snapshot)
+        if action == "export":
+            return self.snapshot is not None and can_be_exported(self.snapshot)
+        if action in ("evaluate", "report"):
+            return not isinstance(self.run_shown, Recording)
+        if action == "try_it":
+            return self.snapshot is not None and not live and not isinstance(self.run_shown, Recording)
         if action == "copy":
             return self.snapshot is not None
         return True
@@ -296,6 +313,25 @@ class DashboardScreen(RunRoom):
 
     def action_kto(self) -> None:
         self.post_message(self.GoOn(self.run_shown))
+
+    def action_export(self) -> None:
+        self.ask_what_to_make(self.run_shown, self.wake.set)
+
+    def action_try_it(self) -> None:
+        from tui.chat import ChatScreen
+
+        self.app.push_screen(ChatScreen(self.run_shown))
+
+    def action_samples(self) -> None:
+        self.app.push_screen(SamplesScreen(self.run_shown))
+
+    def action_evaluate(self) -> None:
+        from tui.evaluation import EvaluationScreen
+
+        self.app.push_screen(EvaluationScreen(self.run_shown))
+
+    def action_report(self) -> None:
+        self.report(self.run_shown)
 
     def action_paths(self) -> None:
         if self.snapshot:

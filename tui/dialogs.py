@@ -14,6 +14,7 @@ from textual.message import Message
 from textual.screen import ModalScreen, Screen
 from textual.widgets import Button, Input, Log, OptionList
 
+from core.runs import Run
 from core.text import clean
 from tui.widgets import Menu, Room, Words, keys
 
@@ -72,8 +73,36 @@ class RunRoom(Room[None]):
 
         self.app.push_screen(Confirm(question, consequence, yes), answered)
 
+    def ask_what_to_make(self, run: Run, then: Callable[[], object]) -> None:
+        """The dialog about merged model, GGUF and upload; `then` is done once something was started."""
+        from tui.export import ExportScreen
+
+        def answered(started: bool | None) -> None:
+            if started:
+                then()
+
+        self.app.push_screen(ExportScreen(run), answered)
+
     def copy(self, words: str) -> None:
         copy_words(self, words)
+
+    @dataclass
+    class Written(Message):
+        """A report of a run was written here."""
+
+        path: str
+
+    def report(self, run: Run) -> None:
+        """Write the run's report, as HTML and Markdown, and say where it is."""
+        from core.report_files import write_reports
+
+        self.do(lambda: self.post_message(self.Written(str(write_reports(run)[0]))))
+
+    @on(Written)
+    def written(self, event: Written) -> None:
+        self.app.copy_to_clipboard(clean(event.path, 4000))
+        title = "Report written, as HTML and Markdown; its path is copied"
+        self.notify(clean(event.path, 300), title=title, markup=False)
 
     @work(thread=True, group="deed", exit_on_error=False)
     def do(self, deed: Callable[[], object]) -> None:

@@ -134,7 +134,7 @@ def checked(draft: Draft) -> Checked:
         except FinetuiError as error:
             problems[path] = error
     config = configs_dir() / DEMO if draft.is_demo() else None
-    for name in ("sft.data.file", "kto.data.file", "evaluate.file"):
+    for name in ("sft.data.file", "kto.data.file", "samples.file", "evaluate.file", "evaluate.tools"):
         if (given := values.get(name, (None, ""))[0]) is not None:
             values[name] = (str(Path(given).expanduser().absolute()), SOURCE)
     while True:

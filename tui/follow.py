@@ -17,6 +17,7 @@ from core.text import clean
 
 MAX_POINTS = 600
 KEPT_POINTS = 4000
+MAX_SAMPLES = 240
 LIVE = ("running", "stopping")
 GIB = 1 << 30
 BREATH_LINES, BREATH_S = 1000, 0.001
@@ -82,14 +83,16 @@ class Snapshot:
         """The moment up to which clocks run: now while the run lives, else its last sign of life."""
         if self.live:
             return self.taken
-        ends = [stage.ended or 0 for stage in self.state.stages] + [self.state.ended or 0]
-        return max(ends) or self.phase_started or self.taken
+        ends = [stage.ended or 0 for stage in self.state.stages]
+        return self.state.ended or max(ends, default=0) or self.phase_started or self.taken
 
     @property
     def took_s(self) -> float | None:
-        """Seconds since the first start."""
+        """Seconds since the first start, pauses left out; what is done to a run that has ended counts on its own."""
+        if self.live and self.state.task_started:
+            return max(0.0, self.until - self.state.task_started)
         begun = self.state.started or self.state.created
-        return max(0.0, self.until - begun) if begun else None
+        return max(0.0, self.until - begun - self.state.paused_s) if begun else None
 
     @property
     def memory(self) -> str:
@@ -297,7 +300,7 @@ def sampled_events(path: Path) -> Iterator[Event]:
 
 def _compacted(state: RunState) -> None:
     """Let go of what no screen can show of a long log; the newest points stay as they are."""
-    del state.samples[:-50], state.notices[:-200], state.errors[:-20]
+    del state.samples[MAX_SAMPLES // 4 : -MAX_SAMPLES * 3 // 4], state.notices[:-200], state.errors[:-20]
     for stage in state.stages:
         del stage.pace[:-50], stage.checkpoints[:-50]
         for name, points in stage.series.items():
@@ -330,7 +333,8 @@ def _copied(state: RunState) -> RunState:
         gpu=list(state.gpu[-1:]),
         notices=state.notices[-50:],
         errors=state.errors[-5:],
-        samples=[],
+        samples=list(state.samples),
+        artefacts=dict(state.artefacts),
     )
 
 

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from core import gpu
+from core.artefacts import seconds_expected
 from core.budget import item_lines, place_of, verdicts
 from core.config import OPTIONS
 from core.errors import FinetuiError
 from core.memory import GIB, Lengths, shape_in
+from core.outlook import export_bytes, export_parameters
 from core.plan import Plan
 from core.prepare import planned_steps
 from core.runs import Run, list_runs
@@ -209,7 +211,11 @@ def disk_words(plan: Plan, source: ModelSource, counts: Counts, runs_folder: Pat
         parts.append(f"{download[1]} {size_words(download[0])}")
     else:
         parts.append(download[1])
-    needed = run + (download[0] if download else 0)
+    exports = export_bytes(plan)
+    parts += [f"{what} {size_words(count)}" for what, count in (exports or {}).items()]
+    if exports is None:
+        parts.append("what is made of it is known once the model is fetched")
+    needed = run + (download[0] if download else 0) + sum((exports or {}).values())
     return f"about {size_words(needed)} (an estimate: {', '.join(parts)}), {size_words(free)} free", needed <= free
 
 
@@ -284,8 +290,15 @@ def duration_words(plan: Plan, counts: Counts, runs: list[tuple[Run, Plan]]) -> 
             scored = state.stage("evaluate")
             if plan.evaluate.enabled and scored.started and scored.ended:
                 total += scored.ended - scored.started
+            total += sum(export_seconds(plan).values())
             return f"roughly {duration(total)}, going by {run.name} ({', '.join(rates)})"
     return ""
+
+
+def export_seconds(plan: Plan) -> dict[str, float]:
+    """About how long each stage after training takes; none where the model's size is not known."""
+    parameters = export_parameters(plan) if plan.export.stages else None
+    return seconds_expected(plan.export, parameters, cuda=plan.device == "cuda") if parameters else {}
 
 
 def _rate(stage: Any) -> float | None:

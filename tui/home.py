@@ -33,9 +33,8 @@ from tui.widgets import Banner, Line, Words, status_words
 if TYPE_CHECKING:  # the wizard's modules are half of the start-up: they are imported after the first paint
     from tui.draft import Draft
 
-PERIOD_S = 1.5
+PERIOD_S, GIVE_WAY_S = 1.5, 0.03
 PAGE = 200
-GIVE_WAY_S = 0.03
 COLUMNS = (
     ("status", 10),
     ("name", 28),
@@ -63,11 +62,15 @@ class HomeScreen(RunRoom):
         Binding("r", "resume", "Resume"),
         Binding("x", "delete", "Delete"),
         Binding("g", "again", "Again"),
+        Binding("v", "evaluate", "Evaluate"),
+        Binding("i", "try_it", "Try it"),
         Binding("slash", "filter", "Filter", key_display="/"),
         Binding("space", "mark", "Mark for comparing", show=False),
         Binding("c", "compare", "Compare the marked runs", show=False),
+        Binding("u", "export", "Merge, GGUF, upload", show=False),
         Binding("p", "pin", "Pin", show=False),
         Binding("t", "note", "Write a note", show=False),
+        Binding("w", "report", "Write a report to send", show=False),
         Binding("o", "paths", "Every path of the run", show=False),
         Binding("escape", "unfilter", "Show every run", show=False),
         Binding("q", "app.quit", "Quit"),
@@ -321,9 +324,9 @@ class HomeScreen(RunRoom):
             return status == "running"
         if action == "resume":
             return status in ("stopped", "aborted", "failed", "crashed")
-        if action == "delete":
+        if action in ("delete", "try_it"):
             return status is not None and status not in LIVE
-        if action in ("again", "compare", "pin", "note", "paths", "mark", "filter"):
+        if action in ("again", "evaluate", "report", "compare", "export", "pin", "note", "paths", "mark", "filter"):
             return bool(self.all_rows)
         if action == "unfilter":
             return bool(self.sought) or self.query_one("#filter").display
@@ -377,6 +380,22 @@ class HomeScreen(RunRoom):
         from tui.draft import STEPS, Draft
 
         self._wizard(Draft(method="kto", model=f"run:{run.name}", step=STEPS.index("Data")), "draft-again")
+
+    def action_evaluate(self) -> None:
+        if run := self._run():
+            from tui.evaluation import EvaluationScreen
+
+            self.app.push_screen(EvaluationScreen(run))
+
+    def action_report(self) -> None:
+        if run := self._run():
+            self.report(run)
+
+    def action_try_it(self) -> None:
+        if run := self._run():
+            from tui.chat import ChatScreen
+
+            self.app.push_screen(ChatScreen(run))
 
     def action_filter(self) -> None:
         self.query_one("#filter").display = True
@@ -436,6 +455,10 @@ class HomeScreen(RunRoom):
                     self.do(lambda: write_note(run.path, replace(before, text=words)))
 
             self.app.push_screen(Ask(f"Note on {run.name}", before.text, may_be_empty=True), answered)
+
+    def action_export(self) -> None:
+        if run := self._run():
+            self.ask_what_to_make(run, lambda: self.app.push_screen(DashboardScreen(run)))
 
     def action_paths(self) -> None:
         if self._snapshot and self._snapshot.run.name == self.selected:

@@ -26,7 +26,7 @@ FIGURES = (
     ("learning_rate", "rate", 3),
     ("grad_norm", "gradient", 3),
 )
-STAGE_NAMES = {"sft": "SFT", "kto": "KTO", "evaluate": "evaluate"}
+STAGE_NAMES = {"sft": "SFT", "kto": "KTO", "evaluate": "evaluate", "gguf": "GGUF"}
 ALERT_SIGNS = {3: ("‼", "$text-error"), 2: ("!", "$text-warning"), 1: ("·", "$foreground-muted")}  # by weight
 
 
@@ -53,8 +53,9 @@ def now_words(snapshot: Snapshot, width: int) -> Content:
     )
     if snapshot.status == "stopping":
         head = Content.assemble(status_words("stopping"), "  ", head)
-    done = stage.step / stage.total_steps if stage.total_steps else 0.0
-    steps = f"  step {stage.step}/{stage.total_steps}" if stage.total_steps else ""
+    done = min(1.0, stage.step / stage.total_steps) if stage.total_steps else 0.0
+    word = "answer" if stage.name == "evaluate" else "step"
+    steps = f"  {word} {stage.step}/{stage.total_steps}" if stage.total_steps else ""
     left = left_words(stage, snapshot)
     length = max(8, min(60, width - len(steps) - len(left) - 7))
     progress = Content.assemble((bar(done, length), "$text-primary"), f" {100 * done:3.0f} %{steps}{left}")
@@ -72,10 +73,14 @@ def left_words(stage: StageState, snapshot: Snapshot) -> str:
     """How long this stage still takes, and the moment on the clock at which it is over."""
     if stage.eta_s is None or not stage.step:
         return ""
-    over = time.localtime(snapshot.taken + stage.eta_s)
-    form = "%H:%M" if stage.eta_s < 20 * 3600 else "%a %H:%M"
-    last = stage is snapshot.state.stages[-1]
-    return f"  {duration(stage.eta_s)} left, {'done' if last else 'next stage'} at {time.strftime(form, over)}"
+    ahead = [other for other in snapshot.state.stages if other.state == "waiting"]
+    foretold = [other.expected_s for other in ahead]
+    known = None not in foretold
+    rest = stage.eta_s + sum(seconds or 0.0 for seconds in foretold if known)
+    over = time.localtime(snapshot.taken + rest)
+    form = "%H:%M" if rest < 20 * 3600 else "%a %H:%M"
+    what = "next stage" if not known else "everything done" if ahead else "done"
+    return f"  {duration(stage.eta_s)} left, {what} at {time.strftime(form, over)}"
 
 
 def figures(stage: StageState) -> str:
@@ -93,6 +98,10 @@ def figures(stage: StageState) -> str:
 
 def _before(stage: StageState) -> str:
     """What is known before the first step."""
+    if stage.name == "evaluate":
+        return "held-out prompts are answered by every model of the run, and the answers scored"
+    if stage.name not in TRAINING_STAGES:
+        return ""
     if stage.total_steps:
         return f"{stage.total_steps} steps are ahead; the first figures come with the first logged step"
     return "loading and preparing: the steps are counted once the rows are read"
@@ -119,6 +128,7 @@ def end_words(snapshot: Snapshot) -> Content:
             lines.append(
                 Content.assemble((f"✔ model after {STAGE_NAMES[stage.name]}: ", "$text-success"), clean(path, 400))
             )
+    lines += made_words(snapshot.state, str(snapshot.run.path))
     if snapshot.status in ("failed", "crashed"):
         for error in snapshot.state.errors[-1:]:
             message = f"✘ {clean(error.get('type', ''), 40)}: {clean(error.get('message', ''), 600)}"
@@ -130,14 +140,33 @@ def end_words(snapshot: Snapshot) -> Content:
     return Content("\n").join(lines)
 
 
+def can_be_exported(snapshot: Snapshot) -> bool:
+    """Whether there is a run to make something of, or one that will have trained."""
+    return not isinstance(snapshot.run, Recording) and (snapshot.live or bool(final_model(snapshot)))
+
+
+def made_words(state: RunState, where: str) -> list[Content]:
+    """What was made of the result, a line each: files with their size and how far they answer as the model does."""
+    lines = []
+    for what, event in state.artefacts.items():
+        path, check = str(event.get("path", "")), event.get("check")
+        shown = path if "://" in path else f"{where}/{path}"
+        agreement = check.get("token_agreement") if isinstance(check, dict) else None
+        share = f", {100 * agreement:.1f} % of the tokens" if isinstance(agreement, int | float) else ""
+        size = event.get("bytes")
+        size = f"  ({size / GIB:.2f} GiB{share})" if isinstance(size, int | float) else ""
+        lines.append(Content.assemble((f"✔ {clean(what, 20)}: ", "$text-success"), clean(f"{shown}{size}", 400)))
+    return lines
+
+
 def next_words(snapshot: Snapshot) -> Content:
     """After a good end: what to do with the model. Empty otherwise."""
     if snapshot.status != "done" or not (folder := final_model(snapshot)):
         return Content("")
     lines = [Content.assemble(("fetch  ", "$foreground-muted"), clean(rsync_line(snapshot, folder), 400))]
-    steps = "c copies the model's path, o shows every path"
+    steps = "i tries the model, v evaluates, u merges or uploads, w reports, c copies its path, o shows every path"
     if can_go_on_with_kto(snapshot):
-        steps = f"k goes on with KTO from this model, {steps}"
+        steps = f"k goes on with KTO, {steps}"
     lines.append(Content.assemble(("next   ", "$foreground-muted"), steps))
     return Content("\n").join(lines)
 
@@ -173,6 +202,10 @@ def paths_of(snapshot: Snapshot) -> list[tuple[str, str]]:
         (f"{STAGE_NAMES.get(stage.name, stage.name)} result", str(run.path / stage.output))
         for stage in snapshot.state.stages
         if stage.output and stage.state == "done"
+    ]
+    found += [
+        (str(what), str(event.get("path") if "://" in str(event.get("path")) else run.path / str(event.get("path"))))
+        for what, event in snapshot.state.artefacts.items()
     ]
     if folder := final_model(snapshot):
         found.append(("fetch", rsync_line(snapshot, folder)))

@@ -28,7 +28,9 @@ GROUPS = {
     "lora": "Adapter (LoRA)",
     "sft": "SFT",
     "kto": "KTO",
+    "samples": "Samples while training",
     "evaluate": "Evaluation",
+    "export": "After training: merge, GGUF, upload",
     "tracking": "Trackers",
 }
 CHOICE_WIDTH = 22
@@ -217,8 +219,8 @@ class ReviewPage(Page):
         plan = found.resolved.plan
         model = clean(plan.model.name or "a model", 60)
         rows = ", ".join(f"{stage.upper()} on {rows_words(plan, stage)}" for stage in plan.training_stages)
-        scored = ", then a score on held-out prompts" if plan.evaluate.enabled else ""
-        self.query_one("#what", Words).say(Content.assemble((model, "bold"), "\n", f"{clean(rows, 300)}{scored}"))
+        then = clean(after_words(plan), 200)
+        self.query_one("#what", Words).say(Content.assemble((model, "bold"), "\n", f"{clean(rows, 300)}{then}"))
         self.query_one("#plan", Words).say(plan_words(found, self.draft.stages))
 
     def command(self, words: str) -> None:
@@ -239,6 +241,19 @@ class ReviewPage(Page):
         """Whether the run waits for something before it starts is worth a line only where it does."""
         for line in self.query("#forecast-start, #forecast-start-name").results(Words):
             line.display = shown
+
+
+def after_words(plan: Plan) -> str:
+    """What follows the training, in a few words; empty for nothing."""
+    export = plan.export
+    parts = ["a score on held-out prompts"] if plan.evaluate.enabled else []
+    if export.merged_forms:
+        parts.append(f"merge ({export.merged_forms[-1].removeprefix('merged_').replace('bit', '-bit')})")
+    if export.gguf:
+        parts.append(f"GGUF {', '.join(export.gguf)}")
+    if export.upload:
+        parts.append(f"upload to {export.upload} ({'private' if export.private else 'public if it is new'})")
+    return f", then {', '.join(parts)}" if parts else ""
 
 
 def rows_words(plan: Plan, stage: str) -> str:

@@ -9,8 +9,6 @@ Prints a table per seed and, over all seeds, the paired comparison of KTO with S
 """
 
 import argparse
-import json
-import math
 import os
 import time
 from pathlib import Path
@@ -18,11 +16,13 @@ from pathlib import Path
 from core import runner
 from core.backend import gpu_present, settle
 from core.config import parse_setting, resolve
+from core.evaluation import HELD_OUT, evaluation_path, read_cases
 from core.paths import configs_dir
 from core.runs import Run, create_run, is_alive
+from core.scores import mcnemar
 from core.sources import demo_files
 
-MARKS = ("format", "tool", "arguments", "exact")
+MARKS = ("format", "alone", "tool", "arguments", "exact")
 
 
 def main() -> None:
@@ -84,9 +84,8 @@ def walk(folder: Path, wanted: list[tuple[str, str, int, list[str]]], parallel: 
 
 
 def answers(run: Run, variant: str) -> list[dict]:
-    path = run.path / "evaluate" / f"answers-{variant}.json"
-    found = json.loads(path.read_text()) if path.exists() else []
-    return [entry | {"exact": entry["format"] and entry["tool"] and entry["arguments"]} for entry in found]
+    """The marks of every answer of a model."""
+    return [case["answers"][variant]["marks"] for case in read_cases(evaluation_path(run, HELD_OUT))]
 
 
 def report(group: str, runs: list[Run]) -> None:
@@ -114,12 +113,6 @@ def marks(entries: list[dict]) -> str:
     return "  ".join(
         f"{mark} {sum(entry[mark] for entry in entries):>3}/{len(entries)}" for mark in MARKS
     )
-
-
-def mcnemar(better: int, worse: int) -> float:
-    """Two-sided exact McNemar test on the discordant pairs."""
-    n, k = better + worse, min(better, worse)
-    return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n) if n else 1.0
 
 
 if __name__ == "__main__":

@@ -1,0 +1,96 @@
+"""What a run used of its machine, told from the `gpu` events of its log."""
+
+import contextlib
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import Any
+
+from core.events import Event
+
+GIB = 1 << 30
+PACKAGES = (
+    "torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes", "unsloth", "safetensors",
+)  # fmt: skip
+CARD_FIGURES = (
+    ("memory_used_bytes", "memory", GIB), ("utilisation_percent", "utilisation", 1),
+    ("temperature_c", "temperature", 1),
+    ("power_w", "power", 1),
+)  # fmt: skip
+Series = dict[str, list[tuple[float, float | None]]]
+
+
+def versions() -> dict[str, str]:
+    """The packages that train, by name, as they are installed here; none is imported."""
+    found = {}
+    for package in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+def system() -> str:
+    """The operating system and processor in a few words, without the machine's name."""
+    return f"{platform.system()} {platform.release()}, {platform.machine()}"
+
+
+@dataclass
+class MachineUse:
+    """Curves over seconds since the start, by what is measured and device; names of the cards; energy in joules."""
+
+    curves: dict[str, Series] = field(default_factory=dict)
+    cards: list[str] = field(default_factory=list)
+    energy_j: float | None = None
+
+    def highest(self, what: str) -> float | None:
+        """The largest value of a measure on any device."""
+        return max((y for line in self.curves.get(what, {}).values() for _, y in line if y is not None), default=None)
+
+    def mean(self, what: str) -> float | None:
+        """The mean of a measure over all its samples."""
+        values = [y for line in self.curves.get(what, {}).values() for _, y in line if y is not None]
+        return sum(values) / len(values) if values else None
+
+
+def use_of(events: Sequence[Event]) -> MachineUse:
+    """Fold the `gpu` events of a run; what is no figure in them is passed over."""
+    use = MachineUse()
+    begun = next((event["t"] for event in events if event["t"]), 0.0)
+    counters: dict[str, float] = {}
+    cpu: tuple[float, float] | None = None
+    for event in events:
+        at = max(0.0, event["t"] - begun)
+        cards = event.get("gpus")
+        for card in cards if isinstance(cards, list) else []:
+            if isinstance(card, dict):
+                _fold_card(use, card, at, counters)
+        if (rss := _figure(event.get("rss_bytes"))) is not None:
+            _add(use, "memory", "process, RAM", at, rss / GIB)
+        if (spent := _figure(event.get("cpu_s"))) is not None:
+            if cpu and at > cpu[0] and spent >= cpu[1]:
+                _add(use, "utilisation", "CPU", at, 100 * (spent - cpu[1]) / (at - cpu[0]))
+            cpu = (at, spent)
+    return use
+
+
+def _fold_card(use: MachineUse, card: dict[str, Any], at: float, counters: dict[str, float]) -> None:
+    name = f"GPU {card.get('index', 0)}"
+    if isinstance(model := card.get("name"), str) and model not in use.cards:
+        use.cards.append(model)
+    for key, what, unit in CARD_FIGURES:
+        if (value := _figure(card.get(key))) is not None:
+            _add(use, what, name, at, value / unit)
+    if (counter := _figure(card.get("energy_j"))) is not None:
+        used = counter - counters.get(name, counter)
+        use.energy_j = (use.energy_j or 0.0) + max(0.0, used)
+        counters[name] = counter
+
+
+def _add(use: MachineUse, what: str, device: str, at: float, value: float) -> None:
+    use.curves.setdefault(what, {}).setdefault(device, []).append((at, value))
+
+
+def _figure(value: Any) -> float | None:
+    usable = isinstance(value, int | float) and not isinstance(value, bool) and -1e15 < value < 1e15
+    return float(value) if usable else None
