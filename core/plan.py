@@ -321,7 +321,7 @@ class Plan(Section):
     memory_limit: float | None = option(
         None, "GPU memory this run may take; default: what is free, less 0.5", flag="--memory-limit", unit="GiB", gt=0
     )
-    gpu: int | None = option(None, "Which GPU, as nvidia-smi counts; default: the first", flag="--gpu", ge=0, le=127)
+    gpu: int | None = option(None, "Which GPU, as nvidia-smi counts; default: the first", flag="--gpu", ge=0, le=1023)
     wait_gpu: bool = option(False, "Start once no other run of yours trains on this device", flag="--wait-gpu")
     model: ModelPlan = Field(default_factory=ModelPlan, description="The model")
     lora: LoraPlan = Field(default_factory=LoraPlan, description="The adapter")
