@@ -127,7 +127,7 @@ class EvaluationScreen(RunRoom):
 
     def body(self) -> ComposeResult:
         yield Words("reading the evaluations …", id="now")
-        with VerticalScroll(id="scroll", can_focus=False):
+        with VerticalScroll(id="scroll"):
             yield Static(id="result", markup=False)
             yield Words(id="remarks")
             yield Static(id="tools", markup=False)
@@ -212,11 +212,8 @@ class EvaluationScreen(RunRoom):
         wrong = [row for row in rows if failed(row, last)]
         self.cases = wrong if self.failing else rows
         what = f"{len(wrong)} of {len(rows)} cases fail {variant_words(last)}"
-        self.query_one("#cases-head", Words).say(
-            Content.assemble(
-                (what, "bold"), (f"   {'all are' if not self.failing else 'they are'} shown; f", "$foreground-muted")
-            )
-        )
+        shown = "these are shown, f shows all" if self.failing else "all are shown, f shows these alone"
+        self.query_one("#cases-head", Words).say(Content.assemble((what, "bold"), (f"   {shown}", "$foreground-muted")))
         heads = ["line", "tool", *report["variants"], f"{variant_words(last)} misses", "prompt"]
         for place, name in enumerate(heads):
             table.add_column(Text(clean(name, 30)), key=f"{place} {name}")
