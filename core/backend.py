@@ -29,6 +29,8 @@ def make_plan(
     for section in [*sections, found.plan.evaluate]:
         if section.file:
             section.file = str(Path(section.file).expanduser().absolute())
+        if getattr(section, "files", None):
+            section.files = {str(Path(name).expanduser().absolute()): value for name, value in section.files.items()}
     return settle(found)
 
 

@@ -45,13 +45,18 @@ class Lens:
         """The child's process id; None before the first question and after the end."""
         return self._child.pid if self._child else None
 
-    def show(self, slot: str, key: str, plan: Plan, stage: str, at: int) -> None:
-        """Ask for usable row `at` (from 0) of a stage, as it will be trained."""
-        self._want(slot, {"do": "show", "key": key, "plan": plan.model_dump(mode="json"), "stage": stage, "at": at})
+    def show(self, slot: str, key: str, plan: Plan, stage: str, at: int, *, ids: bool = False) -> None:
+        """Ask for usable row `at` (from 0) of a stage, as it will be trained; with `ids` token by token."""
+        request = {"do": "show", "key": key, "plan": plan.model_dump(mode="json"), "stage": stage, "at": at, "ids": ids}
+        self.ask(slot, request)
 
     def count(self, slot: str, key: str, plan: Plan, stage: str) -> None:
         """Ask for the examples and tokens of a stage; of many rows an even sample is tokenised."""
-        self._want(slot, {"do": "count", "key": key, "plan": plan.model_dump(mode="json"), "stage": stage})
+        self.ask(slot, {"do": "count", "key": key, "plan": plan.model_dump(mode="json"), "stage": stage})
+
+    def limit(self, slot: str, key: str, plan: Plan, stage: str, at: int) -> None:
+        """Ask what a limit of `at` tokens would do to a stage's rows."""
+        self.ask(slot, {"do": "limit", "key": key, "plan": plan.model_dump(mode="json"), "stage": stage, "at": at})
 
     def close(self) -> None:
         """End the child and the thread."""
@@ -61,7 +66,8 @@ class Lens:
             self._change.notify_all()
             self._end_child()
 
-    def _want(self, slot: str, request: Reply) -> None:
+    def ask(self, slot: str, request: Reply) -> None:
+        """Ask anything that the child understands: what it is told by `core.train_lens`."""
         with self._change:
             if self._closed:
                 return
@@ -130,6 +136,26 @@ class Lens:
         if self._errors:
             self._errors.close()
             self._errors = None
+
+
+def ask_once(request: Reply) -> Reply:
+    """Ask a lens of its own one question and wait for the answer. Raises FinetuiError with what it found wrong."""
+    found: list[Reply] = []
+    answered = threading.Event()
+
+    def take(slot: str, reply: Reply) -> None:
+        found.append(reply)
+        answered.set()
+
+    lens = Lens(take)
+    try:
+        lens.ask("once", {"key": "", **request})
+        answered.wait()
+    finally:
+        lens.close()
+    if "error" in found[0]:
+        raise FinetuiError(found[0]["error"], found[0]["advice"])
+    return found[0]
 
 
 class DryRun:

@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 from core.errors import FinetuiError
 from core.fit import smaller_batches
 from core.plan import Plan, StagePlan
+from core.train_data import row_lengths
 from core.train_events import Reporter
 
 GIB = 1 << 30
@@ -188,6 +189,6 @@ def optimiser_state(model: Any, stage: StagePlan) -> torch.Tensor:
 def longest_batch(loader: Any, dataset: Any, size: int) -> Any:
     """A batch of the longest rows, collated as the trainer does."""
     columns = [name for name in ("input_ids", "prompt_ids", "completion_ids") if name in dataset.column_names]
-    lengths = [sum(len(ids) for ids in row) for row in zip(*(dataset[name] for name in columns), strict=True)]
+    lengths = row_lengths(dataset, columns)
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     return loader.collate_fn([dataset[index] for index in order[:size]])

@@ -22,7 +22,7 @@ from core.gpu import GpuReport
 from core.paths import cache_dir
 from core.runs import Run, create_run, is_alive
 
-SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+SHARED_DATA = Path(os.environ.get("FINETUI_SHARED_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
 USER = {"role": "user", "content": "Set a timer for 5 minutes"}
 CALL = 'tool_call: set_timer\narguments: {"minutes": 5}'
 ANSWER = {"role": "assistant", "content": CALL}

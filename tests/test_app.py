@@ -191,7 +191,7 @@ async def test_rows_are_looked_into_while_one_types(folder: Path, rows_file: Cal
         await shows(pilot, "✔ 4 rows, 3 examples", "2 good, 1 bad", "left out: 1 × no assistant turn (line 1)")
         path.write_text('{"messages": [}\n')
         await pilot.press("tab", "end", "backspace", "l")
-        await shows(pilot, "✘", "line 1: broken JSON")
+        await shows(pilot, "✘", "1 × broken JSON")
 
 
 @pytest.mark.parametrize("size", [(80, 24), (120, 40)])

@@ -404,6 +404,10 @@ def values_of(path: str) -> st.SearchStrategy[Any]:
     option = OPTIONS[path]
     if path.endswith(".extra"):
         return extras
+    if path.endswith(".data.files"):
+        return st.dictionaries(words, st.floats(0.01, 100), max_size=3)
+    if path.endswith(".data.columns"):
+        return st.dictionaries(st.sampled_from(["prompt", "completion", "label"]), words, max_size=3)
     if option.choices and option.kind is not list:
         return st.sampled_from(option.choices)
     if path == "lora.target_modules":

@@ -288,7 +288,7 @@ async def test_paths_complete_by_tab_and_what_was_used_comes_back_by_down(
     rows_file(name="my-rows-one.jsonl")
     used = rows_file(name="my-rows-two.jsonl")
     (tmp_path / "my-rows-\x1b[2J.jsonl").write_text("evil")
-    (tmp_path / "my-rows.txt").write_text("no data")
+    (tmp_path / "my-rows.bin").write_text("no data")
     monkeypatch.chdir(tmp_path)
     remember(draft_of("sft", Path("owner/name"), used))
     (tmp_path / "cache" / "recent.json").write_text(
