@@ -4,16 +4,15 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from core.cli import mapping_of, print_json
-from core.data_ledger import LEDGER, Ledger, read_ledger, write_csv
+from core.data_ledger import LEDGER, Ledger, read_ledger, save_ledger, write_entries
 from core.data_look import Request
 from core.data_look import look as look_at
 from core.data_mend import Cleaning, Told, check_target, ledger_of
 from core.errors import FinetuiError
-from core.paths import runs_dir, writing_whole
+from core.paths import runs_dir
 from core.text import clean as cleaned
 from core.watch import console
 
@@ -57,6 +56,7 @@ def check(arguments: argparse.Namespace) -> int:
     )  # fmt: skip
     reports: list[dict[str, Any]] = []
     ledger = look_at(request, _teller(reports))
+    assert ledger is not None
     found = reports[-1]
     if found["problem"]:
         raise FinetuiError(found["problem"]["error"], found["problem"]["advice"])
@@ -64,7 +64,7 @@ def check(arguments: argparse.Namespace) -> int:
         found["tokens"] = counted
         found["findings"] = sorted([*counted["findings"], *found["findings"]], key=lambda entry: entry["weight"])
     if arguments.ledger:
-        _save_ledger(ledger, arguments.ledger)
+        save_ledger(ledger, arguments.ledger)
     if arguments.json:
         print_json(_as_json(found, ledger))
     else:
@@ -223,22 +223,6 @@ def _percentile_words(found: dict[str, int]) -> str:
     return f"half up to {found['50']:,}, 95 % up to {found['95']:,}, longest {found['100']:,}" if found else "none"
 
 
-def _save_ledger(ledger: Ledger, out: Path) -> None:
-    """Every row of a ledger as CSV or JSON lines, by the ending of `out`."""
-    files = [source.survey.file for source in ledger.sources]
-    entries = ({**entry, "file": files[entry["file"]]} for entry in ledger.entries())
-    _write_entries(out, entries)
-
-
-def _write_entries(out: Path, entries: Any) -> None:
-    with writing_whole(out) as stream:
-        if out.suffix.lower() == ".csv":
-            write_csv(entries, stream)
-            return
-        for entry in entries:
-            stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
-
-
 # --- data … ---
 
 
@@ -344,7 +328,7 @@ def ledger(arguments: argparse.Namespace) -> int:
     try:
         head, entries = read_ledger(run.stage_path(stage) / LEDGER)
         if arguments.out:
-            _write_entries(arguments.out, entries)
+            write_entries(entries, arguments.out)
     except (ValueError, KeyError, IndexError, TypeError, OSError) as error:
         raise FinetuiError(f"The ledger of {run.name} cannot be read.", "It was damaged or changed.") from error
     totals = head["totals"]

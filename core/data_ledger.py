@@ -5,6 +5,7 @@ what the tokenizer made of the rest, what the length limits do. The rows used, c
 """
 
 import csv
+import json
 import random
 from collections import Counter
 from collections.abc import Iterator
@@ -413,8 +414,19 @@ def _named(stream: IO[bytes], files: list[str]) -> Iterator[dict[str, Any]]:
             yield {**entry, "file": files[entry["file"]]}
 
 
-def write_csv(entries: Iterator[dict[str, Any]], stream: IO[str]) -> None:
-    """Entries as CSV, every field of FIELDS a column."""
-    writer = csv.DictWriter(stream, FIELDS, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(entries)
+def save_ledger(ledger: Ledger, out: Path) -> None:
+    """Every row of a ledger, its file named, as CSV or JSON lines by the ending of `out`. Raises FinetuiError."""
+    files = [source.survey.file for source in ledger.sources]
+    write_entries(({**entry, "file": files[entry["file"]]} for entry in ledger.entries()), out)
+
+
+def write_entries(entries: Iterator[dict[str, Any]], out: Path) -> None:
+    """Entries as CSV, every field of FIELDS a column, or as JSON lines."""
+    with writing_whole(out) as stream:
+        if out.suffix.lower() == ".csv":
+            writer = csv.DictWriter(stream, FIELDS, restval="", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(entries)
+            return
+        for entry in entries:
+            stream.write(json.dumps(entry, ensure_ascii=False) + "\n")

@@ -4,7 +4,7 @@ No torch, no tokenizer. A row is used or has one reason why not; what had to be 
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from core.data_files import Unreadable
@@ -83,6 +83,30 @@ def _first(row: dict[str, Any], names: tuple[str, ...]) -> Any:
         if (value := row.get(name)) is not None:
             return value
     return None
+
+
+SHAPE_PARTS = {
+    "messages": ("messages",), "sharegpt": ("messages",), "prompt": ("prompt", "context", "history", "completion"),
+    "alpaca": ("prompt", "context", "history", "completion"), "pairs": ("prompt", "chosen", "rejected"),
+    "pairs, prompt implicit": ("chosen", "rejected"), TEXT_ROLE: ("text",),
+}  # fmt: skip
+"""The parts of which each shape of row is made; system prompt, tools and label go with all but plain text."""
+
+
+def mapped_parts(
+    columns: Iterable[str], mapping: Mapping[str, str] | None, shapes: Iterable[str]
+) -> dict[str, str]:
+    """Which part is read from which of a file's columns, for the shapes that were found in it."""
+    there, names = set(columns), names_of(mapping)
+    wanted = [part for shape in shapes for part in SHAPE_PARTS.get(shape, ())]
+    if any(shape != TEXT_ROLE for shape in shapes):
+        wanted += ["system", "tools", "label"]
+    found: dict[str, str] = {}
+    for part in dict.fromkeys(wanted):
+        name = next((name for name in names[part] if name in there and name not in found.values()), "")
+        if name:
+            found[part] = name
+    return found
 
 
 class Reading(NamedTuple):

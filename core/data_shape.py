@@ -10,13 +10,13 @@ from core.data_limits import Lengths, Limits
 if TYPE_CHECKING:
     import numpy
 
-BUCKETS = 24
+BUCKETS = 60
 PERCENTILES = (5, 25, 50, 75, 95, 99, 100)
 PACKED_ROWS = 20_000
 
 
 def histogram(values: "numpy.ndarray") -> dict[str, Any]:
-    """Counts of `values` in at most 24 buckets of equal, round width; `edges` has one more entry than `counts`."""
+    """Counts of `values` in at most BUCKETS of equal, round width; `edges` has one more entry than `counts`."""
     import numpy
 
     if not len(values):

@@ -36,7 +36,7 @@ def show_row(console: Console, found: Mapping[str, Any], method: str, *, ids: bo
 def segments_text(found: Mapping[str, Any]) -> Text:
     """The text with its trained stretches underlined and its special tokens visible."""
     text = Text()
-    for words, trained, special in found["segments"]:
+    for words, trained, special, _ in found["segments"]:
         text.append(clean(words, 40_000, newlines=True), TRAINED if trained else SPECIAL if special else "")
     return text
 

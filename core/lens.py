@@ -138,6 +138,81 @@ class Lens:
             self._errors = None
 
 
+class Looks:
+    """Looks into the rows of stages, each in a child (`core.data_look`): a new one ends the one before it at once.
+
+    `heard` is called in a thread with slot, key as asked and message: ``progress``, ``report``, ``hub``, ``notice``, or
+    ``error`` and ``advice``. Nothing is heard of a look that was ended.
+    """
+
+    def __init__(self, heard: Callable[[str, str, Reply], object]) -> None:
+        self._heard = heard
+        self._children: dict[str, subprocess.Popen[bytes]] = {}
+        self._asked: dict[str, Reply] = {}
+        self._change = threading.Lock()
+        self._closed = False
+
+    def look(self, slot: str, key: str, request: Reply) -> None:
+        """Look at what `request` (see core.data_look.Request) names."""
+        with self._change:
+            self._end(slot)
+            self._asked[slot] = request
+        threading.Thread(target=self._look, args=(slot, key, request), name="look", daemon=True).start()
+
+    def _start(self, slot: str, request: Reply) -> "subprocess.Popen[bytes] | None":
+        """A child for the slot; None where it is not wanted any more. Raises OSError."""
+        with self._change:
+            if self._closed or self._asked.get(slot) is not request:
+                return None
+            child = subprocess.Popen(
+                [sys.executable, "-P", "-m", "core.data_look"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL, cwd=tempfile.gettempdir(), env={**CHILD_ENV, **os.environ},
+            )  # fmt: skip
+            self._children[slot] = child
+            return child
+
+    def end(self, slot: str) -> None:
+        with self._change:
+            self._end(slot)
+
+    def close(self) -> None:
+        """End every look."""
+        with self._change:
+            self._closed = True
+            for slot in list(self._children):
+                self._end(slot)
+
+    def _end(self, slot: str) -> None:
+        self._asked.pop(slot, None)
+        child = self._children.pop(slot, None)
+        if child:
+            child.kill()
+
+    def _look(self, slot: str, key: str, request: Reply) -> None:
+        try:
+            child = self._start(slot, request)
+        except OSError as error:
+            self._heard(slot, key, {"error": f"The rows cannot be looked at: {error.strerror}.", "advice": ""})
+            return
+        if child is None:
+            return
+        told = False
+        with contextlib.suppress(OSError, ValueError):
+            assert child.stdin and child.stdout
+            child.stdin.write(json.dumps(request).encode() + b"\n")
+            child.stdin.close()
+            for line in child.stdout:
+                message = json.loads(line)
+                told = told or "progress" not in message
+                if self._children.get(slot) is child:
+                    self._heard(slot, key, message)
+        child.wait()
+        if child.stdout:
+            child.stdout.close()
+        if not told and self._children.get(slot) is child:
+            self._heard(slot, key, {"error": "The process that reads the rows died.", "advice": "Try it once more."})
+
+
 def ask_once(request: Reply) -> Reply:
     """Ask a lens of its own one question and wait for the answer. Raises FinetuiError with what it found wrong."""
     found: list[Reply] = []

@@ -233,8 +233,9 @@ def shown(template: Template, limits: Limits, row: Conversation, *, ids: bool = 
         except TemplateError as error:
             reply["left_out"] = str(error)
     learnt = sum(label != -100 for label in tokens.labels)
-    reply |= {"tokens": len(tokens.input_ids), "trained": learnt, "segments": segments(template, tokens)}
-    reply["turns"] = turn_list(template, row, tokens, reply["cut"])
+    turns = turn_list(template, row, tokens, reply["cut"])
+    parts = segments(template, tokens, [turn["start"] for turn in turns])
+    reply |= {"tokens": len(tokens.input_ids), "trained": learnt, "segments": parts, "turns": turns}
     if ids:
         reply |= {"input_ids": tokens.input_ids, "labels": tokens.labels, "pieces": token_list(template, tokens)}
     return reply

@@ -1,5 +1,7 @@
 """The tokens of an example cut into stretches that can be shown: by what is trained, by turn, or one by one."""
 
+from bisect import bisect_right
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
@@ -10,18 +12,21 @@ from core.data_rows import TEXT_ROLE
 MAX_TOKENS_SHOWN = 8000
 MAX_CHARACTERS = 40_000
 MAX_PIECES = 2000
-Segment = tuple[str, bool, bool]
+Segment = tuple[str, bool, bool, int]
 
 
-def segments(template: Template, tokens: Tokenised) -> list[Segment]:
-    """The tokens as (text, trained, special) in stretches of one kind, each special token by itself."""
+def segments(template: Template, tokens: Tokenised, starts: Sequence[int] = ()) -> list[Segment]:
+    """The tokens as (text, trained, special, tokens) in stretches of one kind, each special token by itself.
+
+    A stretch begins anew at each of `starts`, where turns begin.
+    """
     ids, labels = tokens.input_ids[:MAX_TOKENS_SHOWN], tokens.labels[:MAX_TOKENS_SHOWN]
     special = template.end_tokens
     stretches: list[tuple[int, bool, bool]] = []
-    kinds = [(label != -100, token in special, token in special and index) for index, (token, label) in
-             enumerate(zip(ids, labels, strict=True))]  # fmt: skip
+    kinds = [(label != -100, token in special, token in special and index, bisect_right(starts, index))
+             for index, (token, label) in enumerate(zip(ids, labels, strict=True))]  # fmt: skip
     end = 0
-    for (trained, marked, _), group in groupby(kinds):
+    for (trained, marked, *_), group in groupby(kinds):
         end += len(list(group))
         stretches.append((end, trained, marked))
     found: list[Segment] = []
@@ -31,13 +36,13 @@ def segments(template: Template, tokens: Tokenised) -> list[Segment]:
         if not marked and start and len(stretches) < 200:  # some decoders drop the blank before a word that comes first
             before, whole = decoded(template, ids[:start]), decoded(template, ids[:end])
             text = whole[len(before) :] if whole.startswith(before) else text
-        found.append((text[:left], trained, marked))
+        found.append((text[:left], trained, marked, end - start))
         left -= len(text)
         start = end
         if left <= 0:
             break
     if start < len(tokens.input_ids) or left < 0:
-        found.append((f" … ({len(tokens.input_ids):,} tokens in all)", False, False))
+        found.append((f" … ({len(tokens.input_ids):,} tokens in all)", False, False, 0))
     return found
 
 
