@@ -22,6 +22,7 @@ from core.paths import cache_dir, writing_whole
 VERSION = 1
 """Part of every key: raise it when rows are read, keyed or tokenised differently."""
 MAX_BYTES = 20 << 30
+TIDY_BYTES = 64 << 20
 MAX_STAMPS = 500
 
 
@@ -62,13 +63,15 @@ def building(key: str) -> Iterator[Path]:
         raise _unwritable(root, error) from error
     try:
         yield folder
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         with contextlib.suppress(OSError):
             os.rename(folder, root / key)
     except OSError as error:
         raise _unwritable(root, error) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    tidy(keep=key)
+    if size > TIDY_BYTES or key.endswith("0"):  # small entries are many: one in sixteen looks at the others
+        tidy(keep=key)
 
 
 def _unwritable(root: Path, error: OSError) -> FinetuiError:
@@ -87,7 +90,7 @@ def tidy(*, keep: str = "", limit: int | None = None) -> None:
             with contextlib.suppress(OSError):
                 used = folder.stat().st_mtime
                 if folder.is_dir():
-                    found.append((used, folder, sum(file.stat().st_size for file in folder.iterdir())))
+                    found.append((used, folder, sum(file.stat().st_size for file in folder.rglob("*"))))
     total = sum(size for _, _, size in found)
     newest = max((used for used, _, _ in found), default=0)
     for used, folder, size in sorted(found):
@@ -122,24 +125,29 @@ def content_key(path: Path, digests: list[bytes] | None = None, progress: Callab
                     digests.append(hashlib.sha256(piece).digest())
                     if progress:
                         progress(len(digests) * PIECE_BYTES)
-        stamps[name] = key_of(b"".join(digests))
+        stamps[name] = key_of(b"".join(digests)), stamp[1]
         _keep_stamps(stamps)
-    return stamps[name]
+    return stamps[name][0]
 
 
 def known_content(path: Path) -> str:
-    """The hash of a file's bytes if a file with this stamp was read before, else empty."""
-    return _stamps().get(key_of(stamp_of(path)), "")
+    """The hash of a file's bytes if they may have been read before: by its stamp, or read now where a file of this
+    size was; else empty."""
+    stamps, stamp = _stamps(), stamp_of(path)
+    name = key_of(stamp)
+    if name not in stamps and any(size == stamp[1] for _, size in stamps.values()):
+        return content_key(path)
+    return stamps[name][0] if name in stamps else ""
 
 
-def _stamps() -> dict[str, str]:
+def _stamps() -> dict[str, tuple[str, int]]:
     try:
         found = json.loads((data_cache() / "stamps.json").read_text(encoding="utf-8"))
-        return {str(key): str(value) for key, value in found.items()}
-    except (OSError, ValueError, AttributeError, RecursionError):
+        return {str(name): (str(content), int(size)) for name, (content, size) in found.items()}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return {}
 
 
-def _keep_stamps(stamps: dict[str, str]) -> None:
+def _keep_stamps(stamps: dict[str, tuple[str, int]]) -> None:
     with contextlib.suppress(FinetuiError), writing_whole(data_cache() / "stamps.json") as stream:
         json.dump(dict(list(stamps.items())[-MAX_STAMPS:]), stream)

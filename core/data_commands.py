@@ -327,12 +327,12 @@ def ledger(arguments: argparse.Namespace) -> int:
         raise FinetuiError(f"{run.name} has no ledger.", "It is written when a stage has read its rows.")
     try:
         head, entries = read_ledger(run.stage_path(stage) / LEDGER)
+        totals, files = head["totals"], ", ".join(head["files"])
         if arguments.out:
             write_entries(entries, arguments.out)
     except (ValueError, KeyError, IndexError, TypeError, OSError) as error:
         raise FinetuiError(f"The ledger of {run.name} cannot be read.", "It was damaged or changed.") from error
-    totals = head["totals"]
-    say(f"{run.name} {stage.upper()}: {totals['rows']:,} rows of {', '.join(head['files'])}")
+    say(f"{run.name} {stage.upper()}: {totals['rows']:,} rows of {files}")
     say(f"  {totals['used']:,} used, {totals['cut']:,} cut, {totals['left_out']:,} left out, "
         f"{totals['repaired']:,} repaired")  # fmt: skip
     for reason, count in totals["reasons"].items():

@@ -74,7 +74,7 @@ def facts_of(messages: list[Message], tools: list[Message] | None = None) -> Fac
         elif letter == "s" and not system:
             system = key_of(text.encode())
         letters.append(letter)
-        parts.append(letter + text)
+        parts.append(f"{letter}\x1f{text}")
     pattern = "".join(letters)
     before, answer = "\x1e".join(parts[:last]), parts[last]
     prompt_key = key_of(before.encode())
@@ -93,7 +93,7 @@ def _signs(text: str) -> int:
         flags |= MOJIBAKE
     for sign in _TEMPLATE_SIGNS:
         if sign in text:
-            return flags | (TEMPLATED if _TEMPLATED.search(text.replace("\x1e", "\n")) else 0)
+            return flags | (TEMPLATED if _TEMPLATED.search(text.replace("\x1f", "\n")) else 0)
     return flags
 
 
@@ -135,5 +135,5 @@ def prompt_key_of(messages: list[Message]) -> int:
         text = message["content"] or ""
         if "tool_calls" in message:
             text = f"{text}\x1d{_canonical(message['tool_calls'])}"
-        parts.append(LETTERS[message["role"]] + text)
+        parts.append(f"{LETTERS[message['role']]}\x1f{text}")
     return key_of("\x1e".join(parts).encode())

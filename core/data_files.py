@@ -289,8 +289,7 @@ def _text_rows(path: Path) -> Iterator[tuple[int, Any]]:
     """Plain text: paragraphs between blank lines where there are any early on, else each line a row."""
     lines = _decoded_lines(path)
     first = list(islice(lines, 1000))
-    written = [bool(line.strip()) for _, line in first]
-    by_line = all(written[written.index(True) :]) if True in written else True
+    by_line = "\n\n" not in "\n".join(line.strip() for _, line in first).strip()
     start, paragraph = 0, ""
     for part in (first, lines):
         for number, line in part:

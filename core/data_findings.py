@@ -126,6 +126,11 @@ def _rows(count: int, verb: str = "") -> str:
     return f"1 row {SINGULAR.get(verb, f'{verb}s' if verb else '')}".rstrip()
 
 
+def _many(count: int, word: str) -> str:
+    """``1 answer is``, ``2 answers are``."""
+    return f"{count:,} {word} is" if count == 1 else f"{count:,} {word}s are"
+
+
 SINGULAR = {"are": "is", "say": "says", "have": "has", "go": "goes", "lose": "loses"}
 
 
@@ -229,7 +234,7 @@ def _labels(look: Look) -> Iterator[Finding]:
             )  # fmt: skip
         elif reason.startswith("label is false"):
             yield Finding(
-                "bad answers", KNOW, count, f"{count:,} answers labelled false are not learnt.",
+                "bad answers", KNOW, count, f"{_many(count, 'answer')} labelled false and not learnt.",
                 "That is as it should be; KTO uses them. --include-undesirable would learn them.", look.places(mask),
             )  # fmt: skip
         elif reason.startswith("plain text"):
@@ -242,7 +247,7 @@ def _labels(look: Look) -> Iterator[Finding]:
         if len(rows):
             words = survey.repairs[int(survey["repair"][rows[0]])]
             yield Finding(
-                "label types", KNOW, len(rows), f"{len(rows):,} labels are no truth values ({words}).",
+                "label types", KNOW, len(rows), f"{_many(len(rows), 'label')} no truth value ({words}).",
                 "They were understood; " + REPAIR, [(survey.file, int(survey["line"][row])) for row in rows[:SHOWN]],
             )  # fmt: skip
 
@@ -258,7 +263,8 @@ def _conflicts(look: Look) -> Iterator[Finding]:
         order = numpy.flatnonzero(mask)
         order = order[numpy.argsort(keys[order], kind="stable")]
         yield Finding(
-            "both labels", HEAVY, len(both), f"{len(both):,} answers are labelled true and false for the same prompt.",
+            "both labels", HEAVY, len(both),
+            f"{_many(len(both), 'answer')} labelled true and false for the same prompt.",
             "Only one label can be right: they cancel each other out. Mend or delete one of each.", look.places(order),
         )  # fmt: skip
 
@@ -275,7 +281,8 @@ def _leaks(look: Look) -> Iterator[Finding]:
         if count := len(numpy.unique(keys[shared])):
             yield Finding(
                 "held-out in training", HEAVY, count,
-                f"{count:,} prompts of the evaluation file also stand in training.",
+                f"{count:,} prompt{'s' * (count > 1)} of the evaluation file {'stands' if count == 1 else 'stand'} in "
+                "training as well.",
                 "The score would measure memory: take them out of one of the two.", look.places(shared),
             )  # fmt: skip
     if ledger.held_out.any() and look.repeats:
@@ -351,7 +358,7 @@ def _answers(look: Look) -> Iterator[Finding]:
     blank = look.flagged(facts.BLANK_ANSWER)
     if count := int(blank.sum()):
         yield Finding(
-            "blank answers", MEND, count, f"{count:,} answers are blank: the model would learn to say nothing.",
+            "blank answers", MEND, count, f"{_many(count, 'answer')} blank: the model would learn to say nothing.",
             "Add the answers or delete these rows.", look.places(blank),
         )  # fmt: skip
     mine = look.used & (look.labels != 0)
@@ -451,7 +458,7 @@ def _systems(look: Look) -> Iterator[Finding]:
             mask = look.used & (look.ledger.each("system") != 0)
         yield Finding(
             "system prompts", KNOW, min(without, len(systems) - without),
-            f"{len(systems) - without:,} rows have a system prompt, {without:,} have none.",
+            f"{_rows(len(systems) - without, 'have')} a system prompt, {without:,} have none.",
             "At use the model should be given what it saw most: decide for one of the two.", look.places(mask),
         )  # fmt: skip
     if 1 < len(values) <= max(10, 0.05 * counts.sum()):

@@ -326,9 +326,11 @@ class Examples(Sequence[Example]):
         return self.ledger.trained[self.which]
 
     @property
-    def labels(self) -> list[bool]:
-        return (self.ledger.labels[self.which] == 1).tolist()
+    def labels(self) -> "numpy.ndarray":
+        """Whether each example is labelled good."""
+        return self.ledger.labels[self.which] == 1
 
     @property
-    def prompt_keys(self) -> list[int]:
-        return self.ledger.prompt_keys[self.which].tolist()
+    def prompt_keys(self) -> "numpy.ndarray":
+        """Hashes of the prompts, unsigned and of 64 bits: as a list of mixed numbers they would be rounded."""
+        return self.ledger.prompt_keys[self.which]

@@ -52,7 +52,7 @@ def row_lengths(dataset: Dataset, columns: list[str]) -> list[int]:
     return (total if dataset._indices is None else total[dataset._indices.column(0).to_numpy()]).tolist()
 
 
-def _dataset(examples: Examples, lists: dict[str, Slices], plain: dict[str, list[Any]]) -> Dataset:
+def _dataset(examples: Examples, lists: dict[str, Slices], plain: dict[str, "ndarray"]) -> Dataset:
     """A data set of list columns over the tokens' shards, and of plain columns; its rows are the examples in order."""
     shards = examples.shards
     rows = sum(len(shard.length) for shard in shards)
@@ -74,11 +74,10 @@ def _dataset(examples: Examples, lists: dict[str, Slices], plain: dict[str, list
     return Dataset(table, fingerprint=name).select(examples.places * 2, new_fingerprint=f"{name[:8]}-rows")
 
 
-def _spread(values: list[Any], places: "ndarray", count: int) -> pyarrow.Array:
+def _spread(values: "ndarray", places: "ndarray", count: int) -> pyarrow.Array:
     """A column of `count` rows with the values at `places`; nobody looks at the others."""
-    given = numpy.asarray(values)
-    spread = numpy.zeros(count, given.dtype)
-    spread[places] = given
+    spread = numpy.zeros(count, values.dtype)
+    spread[places] = values
     return pyarrow.array(spread)
 
 

@@ -111,6 +111,16 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_template(tiny_model: Path) -> Any:
+    """The template of the tiny model, probed."""
+    from transformers import AutoTokenizer
+
+    from core.chat import Template
+
+    return Template.of(AutoTokenizer.from_pretrained(tiny_model))
+
+
+@pytest.fixture(scope="session")
 def tokenizer(demo_model_dir: Path) -> Any:
     """The demo model's tokenizer, loaded once."""
     from transformers import AutoTokenizer
