@@ -107,17 +107,16 @@ class Findings:
 
     def __init__(self, names: Mapping[str, tuple[str, ...]], spooled: bool) -> None:
         self.names, self.spooled, self.lines = names, spooled, 0
-        self.table = {name: array(code) for name, code in COLUMNS.items()}
+        self._rows: list[tuple[int, ...]] = []
+        self._conversations: list[tuple[int, ...]] = []
         self.reasons, self.repairs, self.patterns = Words(), Words(), Words()
         self.shapes: Counter[str] = Counter()
         self.tools: Counter[str] = Counter()
         self.problems: Counter[str] = Counter()
         self.keys: Counter[str] = Counter()
-        self._row = [self.table[name].append for name in ROW_COLUMNS]
-        self._conversation = [self.table[name].append for name in COLUMNS if name not in ROW_COLUMNS]
 
     def add(self, offset: int, line: bytes) -> None:
-        number, reason, repair = len(self.table["line"]), 0, 0
+        number, reason, repair = len(self._rows), 0, 0
         row = row_of(line, self.spooled)
         if number < NAMED_ROWS and isinstance(row, dict):
             self.keys.update(str(key)[:80] for key in row)
@@ -131,24 +130,26 @@ class Findings:
                 repair = self.repairs.number("; ".join(repaired)[:300])
             for part, (messages, label) in enumerate(pairs, len(pairs) - 1):
                 self._add_conversation(number, part, label, facts_of(messages, tools))
-        for append, value in zip(self._row, (self.lines, offset, reason, repair), strict=True):
-            append(value)
+        self._rows.append((self.lines, offset, reason, repair))
 
     def _add_conversation(self, row: int, part: int, label: bool | None, facts: Facts) -> None:
-        values = (
+        self._conversations.append((
             row, part, -1 if label is None else label, facts.flags, self.patterns.number(facts.pattern[:200]),
             facts.prompt_key, facts.answer_key, facts.row_key, facts.system, facts.characters, facts.answer_characters,
-        )  # fmt: skip
-        for append, value in zip(self._conversation, values, strict=True):
-            append(value)
+        ))  # fmt: skip
         if facts.calls:
             self.tools.update(facts.calls)
         if facts.problem:
             self.problems[facts.problem[:200]] += 1
 
     def reply(self) -> dict[str, Any]:
+        columns = {name: array(code) for name, code in COLUMNS.items()}
+        others = [name for name in COLUMNS if name not in ROW_COLUMNS]
+        for names, entries in ((ROW_COLUMNS, self._rows), (others, self._conversations)):
+            for name, values in zip(names, zip(*entries, strict=True), strict=False):
+                columns[name].extend(values)
         return {
-            "columns": {name: column.tobytes() for name, column in self.table.items()},
+            "columns": {name: column.tobytes() for name, column in columns.items()},
             "reasons": self.reasons.all(), "repairs": self.repairs.all(), "patterns": self.patterns.all(),
             "shapes": dict(self.shapes), "tools": dict(self.tools.most_common(MAX_WORDS)), "keys": dict(self.keys),
             "problems": dict(self.problems.most_common(200)), "lines": self.lines,

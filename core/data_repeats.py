@@ -29,8 +29,10 @@ ALIKE = 0.8
 """Share of equal bins from which on two rows are called near duplicates."""
 FEWEST_WORDS = 8
 """Rows shorter than this are alike or not by chance."""
-BATCH_BYTES = 256 << 10
+BATCH_BYTES = 64 << 10
 WORKERS_FROM = 8 << 20
+MOST_WORKERS = 2
+"""Each holds numpy and takes some 55 MB."""
 GROUPS = "groups.i64"
 
 
@@ -190,7 +192,7 @@ def near_duplicates(
     key = key_of("repeats", survey.spooled, survey.content, survey.mapping) if large else ""
     if folder := (entry(key) if key else None):
         return Repeats(numpy.fromfile(folder / GROUPS, "i8"))
-    group = groups_of(signatures_of(survey, say, worker_count() if workers is None else workers))
+    group = groups_of(signatures_of(survey, say, min(worker_count(), MOST_WORKERS) if workers is None else workers))
     if key:
         with building(key) as fresh:
             group.tofile(fresh / GROUPS)
@@ -201,6 +203,7 @@ def signatures_of(survey: "Survey", say: Callable[[int, int], None] | None, work
     """(conversations, 32) bins; all zero for those too short to compare."""
     import numpy
 
+    survey.let_go()
     requests: list[dict[str, Any]] = [
         {"path": survey.rows_path, "start": start, "end": end, "columns": survey.mapping, "spooled": survey.spooled}
         for start, end in pieces(survey.size)
@@ -225,11 +228,12 @@ def groups_of(signatures: "numpy.ndarray") -> "numpy.ndarray":
     """For each signature the number of the first one it is alike, over any number of steps."""
     import numpy
 
-    leader = list(range(len(signatures)))
+    leader: dict[int, int] = {}  # of those that are alike an earlier one
 
     def root(at: int) -> int:
-        while leader[at] != at:
-            leader[at] = leader[leader[at]]
+        while at in leader:
+            if leader[at] in leader:
+                leader[at] = leader[leader[at]]
             at = leader[at]
         return at
 
@@ -240,8 +244,12 @@ def groups_of(signatures: "numpy.ndarray") -> "numpy.ndarray":
         order = numpy.argsort(keys, kind="stable")
         same = numpy.flatnonzero(keys[order][1:] == keys[order][:-1])
         ones, others = told[order[same]], told[order[same + 1]]
-        alike = (signatures[ones] == signatures[others]).mean(axis=1) >= ALIKE
+        alike = (signatures[ones] == signatures[others]).sum(axis=1) >= ALIKE * BINS
         for one, other in zip(ones[alike].tolist(), others[alike].tolist(), strict=True):
             first, second = sorted((root(one), root(other)))
-            leader[second] = first
-    return numpy.array([root(at) for at in range(len(leader))], "i8")
+            if first != second:
+                leader[second] = first
+    groups = numpy.arange(len(signatures), dtype="i8")
+    for at in leader:
+        groups[at] = root(at)
+    return groups

@@ -5,6 +5,7 @@ does not depend on method, model or limits: those are laid over it (`core.data_l
 """
 
 import json
+import mmap
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -86,6 +87,13 @@ class Survey:
         """The line of a conversation in the file, from 1."""
         return int(self["line"][self["row"][conversation]])
 
+    def let_go(self) -> None:
+        """Give back the memory that columns mapped from the disk take; they are mapped again where they are read."""
+        for values in self.columns.values():
+            mapped = getattr(values, "_mmap", None)
+            if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+                mapped.madvise(mmap.MADV_DONTNEED)
+
     def reason_counts(self) -> Counter[str]:
         """How many rows cannot be used for which reason."""
         return counted(self["reason"], self.reasons)
@@ -131,8 +139,11 @@ def survey(
     content = source.content or content_key(path, found.digests if size > ALONE_BYTES else None)
     made = found.survey(path, source, content, mapping)
     if size > ALONE_BYTES:
-        with building(key_of("survey", source.spooled, content, mapping)) as folder:
-            save_survey(made, folder)
+        key = key_of("survey", source.spooled, content, mapping)
+        with building(key) as fresh:
+            save_survey(made, fresh)
+        if folder := entry(key):  # mapped from the disk it takes memory that others may have
+            return load_survey(folder, path, source)
     return made
 
 

@@ -117,6 +117,8 @@ class DataRoom(VerticalScroll, can_focus=True):
         self.shown = {stage: Shown() for stage in stages}
         self.view = ROWS
         self.ids = False
+        self.turned = False
+        """Whether the findings are shown because there is no row."""
         self.place: tuple[str, int] | None = None
         self.key = ""
 
@@ -184,6 +186,10 @@ class DataRoom(VerticalScroll, can_focus=True):
         """A report about a stage's rows came."""
         here = self.shown[stage]
         here.look, here.hub = look, {}
+        if stage == self.stage and self.view in (ROWS, FINDINGS) and bool(look["problem"]) is not self.turned:
+            if self.view == (FINDINGS if self.turned else ROWS):  # where there is no row to see, there is why
+                self.view = ROWS if self.turned else FINDINGS
+            self.turned = bool(look["problem"])
         self.paint()
 
     def tell_hub(self, stage: str, found: Reply) -> None:

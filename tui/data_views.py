@@ -202,7 +202,9 @@ def histogram_lines(histogram: Reply, at: int, width: int, height: int) -> tuple
             if place < len(marks):
                 marks[place] = letter
     step = edges[1] - edges[0]
-    pointer = " " * min(round(at / step * wide), len(counts) * wide) + f"▲ limit {at:,}"
+    place, words = min(round(at / step * wide), len(counts) * wide), f"limit {at:,}"
+    behind = place + len(words) + 2 < width
+    pointer = " " * place + f"▲ {words}" if behind else f"{words} ▲".rjust(place + 1)
     return bars, [Content.styled(f" {''.join(marks).rstrip()}", MUTED), Content.styled(f" {pointer}", "$text-accent")]
 
 
@@ -310,7 +312,7 @@ def summary(look: Reply, count: Reply | None) -> Content:
     totals = look["totals"]
     if look["problem"]:
         problem = look["problem"]
-        wrong = (f"✘ {clean(problem['error'], 400)}", "$text-error")
+        wrong = (f"✘ {clean(shorter(problem['error'], look['files'][0]['file']), 400)}", "$text-error")
         return Content.assemble(wrong, f" {clean(problem['advice'], 300)}")
     gone = totals["left_out"]
     parts: list[Any] = [(f"✔ {totals['rows']:,} rows", "$text-success"), f", {look['usable']:,} examples"]
@@ -329,6 +331,11 @@ def summary(look: Reply, count: Reply | None) -> Content:
         parts.append((f"  {heaviest['mark']} {tally([entry for entry in found if entry['weight'] < 2])}",
                       HUES[heaviest["weight"]]))  # fmt: skip
     return Content.assemble(*parts)
+
+
+def shorter(words: str, file: str) -> str:
+    """Words without the folders of a file whose path stands above them."""
+    return words.replace(file, file.rsplit("/", 1)[-1])
 
 
 def progress_words(progress: Reply) -> Content:

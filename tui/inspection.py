@@ -13,7 +13,7 @@ from core.errors import FinetuiError
 from core.lens import Lens, Looks, Reply
 from core.plan import Plan
 from tui.data_room import DataRoom, row_key
-from tui.data_views import MUTED, hub_words, progress_words, summary
+from tui.data_views import MUTED, hub_words, progress_words, shorter, summary
 from tui.draft import Checked, Draft
 from tui.forecast import Count
 from tui.pages import problem_words
@@ -103,7 +103,8 @@ class Inspection:
             self.words[stage] = Content.styled(f"○ {said['notice']} …", MUTED)
             return False
         if "error" in said:
-            self.words[stage] = problem_words(FinetuiError(said["error"], said["advice"]))
+            file = str(json.loads(event.key)["data"]["file"] or "")
+            self.words[stage] = problem_words(FinetuiError(shorter(said["error"], file), said["advice"]))
             self.usable[stage] = 0 if "fetched" in said["error"] else None
             return True
         if "hub" in said:
