@@ -15,13 +15,15 @@ import torch
 from peft import PeftModel
 
 from core.chat import Template
-from core.data import Conversation, holdout_split, read_rows
+from core.data import Conversation, read_rows
+from core.data_reader import Rows
 from core.errors import FinetuiError
 from core.paths import writing_whole
 from core.plan import Plan
+from core.prepare import stage_ledger
 from core.runner import EXIT_STOPPED
 from core.runs import Run
-from core.sources import data_files, demo_files, model_source
+from core.sources import demo_files, model_source
 from core.toolcalls import CallScore, score_tool_call, summarise
 from core.train_events import Reporter, Stopped
 from core.train_model import load_base, load_tokenizer
@@ -54,13 +56,11 @@ def held_out_rows(plan: Plan, reporter: Reporter) -> list[Conversation]:
     elif settings.data.demo:
         rows = read_rows(demo_files()["evaluate"], "sft").used
     elif settings.data.holdout > 0:
-        used = [
-            row for path in data_files(settings.data, stage, reporter.detail) for row in read_rows(path, stage).used
-        ]
-        rows = [row for row in holdout_split(used, settings.data.holdout, settings.seed)[1] if row.label is not False]
+        ledger = stage_ledger(settings, stage, reporter.detail)
+        rows = [row for row in Rows(ledger).each(ledger.evaluation()) if row.label is not False]
     else:
         raise FinetuiError("There are no held-out prompts to answer.", "Give --eval-file FILE or --split-dataset.")
-    unique = {row.prompt_key: row for row in rows}
+    unique = {row.prompt_key: row for row in rows if row.prompt}
     return list(unique.values())[: plan.evaluate.max_prompts]
 
 
