@@ -8,6 +8,9 @@ from typing import Any
 from core import gpu as nvml
 from core.config import Resolved, resolve
 from core.errors import FinetuiError
+from core.fit import cut_adapter
+from core.memory import CONTEXT, GIB, LEFT_FREE
+from core.plan import Plan, StagePlan
 
 
 def gpu_present() -> bool:
@@ -21,38 +24,46 @@ def installed(package: str) -> bool:
 
 
 def make_plan(
-    method: str | None, config: Path | None, settings: dict[str, tuple[Any, str]], *, gpu: bool | None = None
+    method: str | None, config: Path | None, settings: dict[str, tuple[Any, str]], *, card: int | None = None
 ) -> Resolved:
-    """Resolve a plan, make its files' paths absolute, and settle it for this machine. Raises FinetuiError."""
-    found = resolve(method, config, settings, gpu_present=gpu_present() if gpu is None else gpu)
+    """Resolve a plan, make its files' paths absolute, and settle it for this machine, or for a `card` of so many bytes.
+
+    Raises FinetuiError.
+    """
+    found = resolve(method, config, settings, gpu_present=card is not None or gpu_present())
     sections: list[Any] = [found.plan.stage(stage).data for stage in found.plan.training_stages]
     for section in [*sections, found.plan.evaluate]:
         if section.file:
             section.file = str(Path(section.file).expanduser().absolute())
         if getattr(section, "files", None):
             section.files = {str(Path(name).expanduser().absolute()): value for name, value in section.files.items()}
-    return settle(found)
+    return settle(found, card)
 
 
-def settle(resolved: Resolved) -> Resolved:
+def settle(resolved: Resolved, card: int | None = None) -> Resolved:
     """Replace every ``auto`` that this machine decides by its value, and note why.
 
+    `card` imagines an NVIDIA GPU with so many bytes and everything installed for it, whatever this machine has.
     Raises FinetuiError with exit code 3 when the plan needs a GPU that is not there, 2 when it needs a missing package.
     """
     plan = resolved.plan.model_copy(deep=True)
     sources = dict(resolved.sources)
-    present = gpu_present()
+    present = card is not None or gpu_present()
+
+    def have(package: str) -> bool:
+        return card is not None or installed(package)
+
     if plan.device == "cuda" and not present:
         raise FinetuiError("The plan asks for a GPU, and none is found.", "`finetui doctor` says why.", exit_code=3)
     if plan.device == "auto":
         plan.device = "cuda" if present else "cpu"
         sources["device"] = "an NVIDIA GPU was found" if present else "no NVIDIA GPU here"
     cuda = plan.device == "cuda"
-    if plan.backend == "unsloth" and not (cuda and installed("unsloth")):
+    if plan.backend == "unsloth" and not (cuda and have("unsloth")):
         missing = "Unsloth is not installed" if cuda else "Unsloth needs an NVIDIA GPU"
         raise FinetuiError(f"{missing}.", "Use --backend trl, or ./setup.sh --gpu.", exit_code=3)
     if plan.backend == "auto":
-        plan.backend = "unsloth" if cuda and installed("unsloth") else "trl"
+        plan.backend = "unsloth" if cuda and have("unsloth") else "trl"
         sources["backend"] = (
             "Unsloth is installed" if plan.backend == "unsloth" else "Unsloth is not installed" if cuda else "no GPU"
         )
@@ -63,7 +74,7 @@ def settle(resolved: Resolved) -> Resolved:
             "Use --model-size 135m, or a model in 16 or 32 bit.",
             exit_code=3,
         )
-    if four_bit and not installed("bitsandbytes"):
+    if four_bit and not have("bitsandbytes"):
         raise FinetuiError("4-bit weights need bitsandbytes.", "Run ./setup.sh --gpu.", exit_code=3)
     for tracker in plan.tracking.report_to:
         if not installed(tracker):
@@ -72,11 +83,56 @@ def settle(resolved: Resolved) -> Resolved:
         plan.model.dtype = "bf16" if cuda else "fp32"
         sources["model.dtype"] = "GPU" if cuda else "CPU: measured twice as fast as bf16"
     for name in plan.training_stages:
-        stage = plan.stage(name)
-        if stage.optim == "auto":
-            stage.optim = "adamw_8bit" if cuda and installed("bitsandbytes") else "adamw_torch"
-            sources[f"{name}.optim"] = "bitsandbytes is installed" if stage.optim == "adamw_8bit" else "no bitsandbytes"
-        if stage.gradient_checkpointing == "auto":
-            stage.gradient_checkpointing = "on" if cuda else "off"
-            sources[f"{name}.gradient_checkpointing"] = "GPU: saves memory" if cuda else "CPU: memory is there"
+        _settle_stage(plan.stage(name), name, sources, cuda=cuda, eight_bit=cuda and have("bitsandbytes"))
+    if cuda and card is None:
+        _choose_card(plan)
+    if cuda:
+        _cut_adapter(plan, sources, free_bytes(plan) if card is None else card - CONTEXT - LEFT_FREE)
     return replace(resolved, plan=plan, sources=sources)
+
+
+def _settle_stage(stage: StagePlan, name: str, sources: dict[str, str], *, cuda: bool, eight_bit: bool) -> None:
+    """Optimiser, checkpointing and grouping of one stage."""
+    if stage.optim == "auto":
+        stage.optim = "adamw_8bit" if eight_bit else "adamw_torch"
+        sources[f"{name}.optim"] = "bitsandbytes is installed" if eight_bit else "no bitsandbytes"
+    if stage.gradient_checkpointing == "auto":
+        stage.gradient_checkpointing = "auto" if cuda else "off"
+        told = "decided at the start, by free memory" if cuda else "CPU: memory is there"
+        sources[f"{name}.gradient_checkpointing"] = told
+    if stage.regroup == "auto":
+        given = [key for key in ("batch_size", "gradient_accumulation_steps") if _given(sources, f"{name}.{key}")]
+        stage.regroup = "on" if cuda and not given else "off"
+        sources[f"{name}.regroup"] = "no GPU" if not cuda else f"{given[0]} was given" if given else "GPU"
+
+
+def _given(sources: dict[str, str], path: str) -> bool:
+    """Whether a person set this value, rather than a preset."""
+    return not sources.get(path, "default").startswith(("default", "preset", "size", "the original"))
+
+
+def _choose_card(plan: Plan) -> None:
+    """Raises FinetuiError where the plan names a GPU that is not there."""
+    cards = nvml.gpus()
+    if plan.gpu is not None and cards and plan.gpu not in [card.index for card in cards]:
+        there = ", ".join(f"{card.index} ({card.name or 'unnamed'})" for card in cards)
+        raise FinetuiError(f"There is no GPU {plan.gpu}.", f"There is: {there}.", exit_code=3)
+
+
+def free_bytes(plan: Plan) -> int | None:
+    """What PyTorch may take on the plan's card now, CUDA's context and what is left free taken off; None if unknown."""
+    cards = [card for card in nvml.gpus() if card.index == (plan.gpu or 0)]
+    if not cards or cards[0].memory_free_bytes is None:
+        return None
+    free = cards[0].memory_free_bytes - CONTEXT - LEFT_FREE
+    return min(free, int(plan.memory_limit * GIB)) if plan.memory_limit else free
+
+
+def _cut_adapter(plan: Plan, sources: dict[str, str], free: int | None) -> None:
+    """Cut a preset's adapter on experts to what fits; a rank that a person gave stays."""
+    if free is None or _given(sources, "lora.r"):
+        return
+    first = plan.lora.r
+    if cut_adapter(plan, free):
+        told = f"cut from {first} so that it fits {free / GIB:.1f} GiB"
+        sources |= {"lora.r": told, "lora.alpha": told}

@@ -8,6 +8,9 @@ import random
 from collections import Counter, deque
 from collections.abc import Hashable, Sequence
 
+MUCH_PADDING = 0.25
+"""Share of the tokens from which on rows are put together by length."""
+
 
 def batch_sizes(rows: int, batch_size: int) -> list[int]:
     """Sizes of the batches that hold `rows` rows, each row once: `batch_size` each, the last what is left.
@@ -45,30 +48,66 @@ def good_rows(sizes: Sequence[int], good: int) -> list[int]:
 
 
 def kto_batches(
-    labels: Sequence[bool], prompts: Sequence[Hashable], batch_size: int, seed: int, epoch: int = 0
-) -> list[list[int]]:
-    """Row indices of every batch of an epoch; each row stands in exactly one.
+    labels: Sequence[bool], prompts: Sequence[Hashable], batch_size: int, seed: int, epoch: int = 0, *,
+    lengths: Sequence[int] | None = None, parts: int = 1,
+) -> list[list[int]]:  # fmt: skip
+    """Row indices of every micro-batch of an epoch; each row stands in exactly one.
 
-    Both labels are spread as evenly as their counts allow, and within a batch (taken as a ring, as TRL does)
-    neighbours have different prompts wherever the batch's rows permit. `labels` and `prompts` have one entry a row.
+    `batch_size` rows make a step, in `parts` micro-batches (gradient accumulation): which rows a step holds does not
+    depend on `parts`, so that a run may change it in the middle. Both labels are spread as evenly as their counts
+    allow, and in a micro-batch (a ring, as TRL takes it) neighbours have different prompts wherever its rows permit.
+    With `lengths` (tokens a row) rows of like length share a step, where padding would else be a quarter of the tokens
+    or more. `labels`, `prompts` and `lengths` have one entry a row.
     """
     chance = random.Random(f"{seed}-{epoch}")
+    sizes = batch_sizes(len(labels), batch_size)
+    alike = lengths is not None and padding(lengths, batch_size, seed) >= MUCH_PADDING
     queues = {}
     for label in (True, False):
         members = [index for index, given in enumerate(labels) if given is label]
         chance.shuffle(members)
+        if alike and lengths:
+            about = {index: lengths[index] * chance.uniform(0.9, 1.1) for index in members}
+            members.sort(key=about.__getitem__)
         queues[label] = deque(members)
-    sizes = batch_sizes(len(labels), batch_size)
-    batches: list[list[int]] = []
+    steps: list[list[int]] = []
     for size, good in zip(sizes, good_rows(sizes, len(queues[True])), strict=True):
-        batch: list[int] = []
+        step: list[int] = []
         for label, count in ((True, good), (False, size - good)):
-            batch.extend(_take(queues[label], count, [prompts[index] for index in batch], prompts))
-        batches.append(batch)
-    _part_repeats(batches, labels, prompts)
-    batches = [_ring(batch, prompts) for batch in batches]
-    chance.shuffle(batches)
-    return batches
+            step.extend(_take(queues[label], count, [prompts[index] for index in step], prompts))
+        steps.append(step)
+    _part_repeats(steps, labels, prompts)
+    if parts == 1:
+        batches = [_ring(step, prompts) for step in steps]
+        chance.shuffle(batches)
+        return batches
+    last = [steps.pop()] if len(steps[-1]) < batch_size else []  # a short step elsewhere would shift all that follow
+    chance.shuffle(steps)
+    return [part for step in steps + last for part in _parts(step, labels, prompts, batch_size // parts, lengths)]
+
+
+def padding(lengths: Sequence[int], batch_size: int, seed: int) -> float:
+    """Share of padding among the tokens of shuffled rows, each batch filled up to its longest row."""
+    shuffled = random.Random(seed).sample(lengths, len(lengths))
+    batches = [shuffled[start : start + batch_size] for start in range(0, len(lengths), batch_size)]
+    whole = sum(len(batch) * max(batch) for batch in batches)
+    return 1 - sum(lengths) / whole if whole else 0.0
+
+
+def _parts(
+    step: list[int], labels: Sequence[bool], prompts: Sequence[Hashable], size: int, lengths: Sequence[int] | None
+) -> list[list[int]]:
+    """A step's rows as micro-batches of `size`, both labels in each where the counts allow, like lengths together."""
+    ordered = sorted(step, key=lengths.__getitem__) if lengths else step
+    count = max(len(step) // size, 1) + (1 if len(step) % size > 1 and len(step) > size else 0)
+    sizes = [len(step) // count + (number < len(step) % count) for number in range(count)]
+    queues = {label: deque(index for index in ordered if labels[index] is label) for label in (True, False)}
+    found = []
+    for part, good in zip(sizes, good_rows(sizes, len(queues[True])), strict=True):
+        found.append([queues[True].popleft() for _ in range(good)])
+        found[-1] += [queues[False].popleft() for _ in range(part - good)]
+    _part_repeats(found, labels, prompts)
+    return [_ring(part, prompts) for part in found]
 
 
 def _take(queue: deque[int], count: int, present: list[Hashable], prompts: Sequence[Hashable]) -> list[int]:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from core import runner
 from core.backend import make_plan
@@ -15,15 +16,18 @@ from core.config import Resolved
 from core.data import Conversation
 from core.errors import FinetuiError
 from core.paths import configs_dir, runs_dir
-from core.plan import Plan, StagePlan
+from core.plan import DataPlan, Plan, StagePlan
 from core.runs import Run, create_run, delete_run, find_run, list_runs, request_stop, summary
-from core.sources import model_source
+from core.sources import model_folder, model_source
 from core.text import clean
 from core.watch import console, follow, runs_table, show_run
 
 
-def resolved(arguments: argparse.Namespace, method: str, *, demo: bool = False) -> Resolved:
-    """The plan these arguments make, checked and settled for this machine. Raises FinetuiError."""
+def resolved(arguments: argparse.Namespace, method: str, *, demo: bool = False, card: int | None = None) -> Resolved:
+    """The plan these arguments make, checked and settled for this machine, or for a `card` of so many bytes.
+
+    Raises FinetuiError.
+    """
     take_token(arguments)
     config = arguments.config or (configs_dir() / "demo.yaml" if demo else None)
     settings = settings_of(arguments, method)
@@ -31,7 +35,7 @@ def resolved(arguments: argparse.Namespace, method: str, *, demo: bool = False) 
         target = arguments.output_dir.expanduser().absolute()
         arguments.runs_dir = target.parent
         settings["name"] = (target.name, "flag --output-dir")
-    return make_plan(method, config, settings)
+    return make_plan(method, config, settings, card=card)
 
 
 def train(arguments: argparse.Namespace, method: str, *, demo: bool = False) -> int:
@@ -132,16 +136,18 @@ def _refuse_hopeless_limit(name: str, stage: StagePlan, rows: Iterable[Conversat
     )
 
 
-def dry_run(plan: Resolved, arguments: argparse.Namespace, notices: list[str]) -> int:
-    """Say what would happen. A child tokenises (and with ``load`` loads the model); no run is made."""
+def look(plan: Resolved, how: str) -> dict[str, Any]:
+    """What a child finds that tokenises the plan's rows, and with ``load`` loads its model. Raises FinetuiError."""
     import tempfile
 
     from core.config import save_plan
 
     with tempfile.TemporaryDirectory(prefix="finetui-") as folder:
         save_plan(plan, Path(folder) / "plan.yaml")
-        command = [sys.executable, "-P", "-m", "core.train_dry", folder, arguments.dry_run]
-        environment = {**runner.CHILD_ENV, **os.environ, "FINETUI_BACKEND": plan.plan.backend}
+        command = [sys.executable, "-P", "-m", "core.train_dry", folder, how]
+        environment = {**runner.CHILD_ENV, **os.environ, **runner.stage_environment(plan.plan)}
+        if how == "data":
+            environment["FINETUI_BACKEND"] = "trl"  # rows are tokenised without Unsloth, which takes half a minute
         child = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
     lines = child.stdout.strip().splitlines()
     try:
@@ -152,6 +158,12 @@ def dry_run(plan: Resolved, arguments: argparse.Namespace, notices: list[str]) -
         ) from None
     if "error" in report:
         raise FinetuiError(report["error"], report["advice"], exit_code=report.get("exit_code", 2))
+    return report
+
+
+def dry_run(plan: Resolved, arguments: argparse.Namespace, notices: list[str]) -> int:
+    """Say what would happen. A child tokenises (and with ``load`` loads the model); no run is made."""
+    report = look(plan, arguments.dry_run)
     if arguments.json:
         print_json({**report, "notices": notices})
         return 0
@@ -162,6 +174,65 @@ def dry_run(plan: Resolved, arguments: argparse.Namespace, notices: list[str]) -
         out.print(clean(line), markup=False, highlight=False)
     out.print("Nothing was started.", markup=False)
     return 0
+
+
+def fit(arguments: argparse.Namespace) -> int:
+    """``finetui fit METHOD``: 0 where every stage fits, 3 where one does not."""
+    from core.budget import Place, item_lines, place_of, verdicts
+    from core.memory import GIB, Lengths
+
+    card = int(arguments.card * GIB) if arguments.card else None
+    try:
+        plan = resolved(arguments, arguments.method, card=card)
+    except FinetuiError as error:
+        if card or error.exit_code != 3:
+            raise
+        raise FinetuiError(error.message, "--card 24 asks about a GPU of 24 GiB.", exit_code=3) from error
+    place = Place(f"a card of {arguments.card:g} GiB", card, card) if card else place_of(plan.plan)
+    if place is None:
+        raise FinetuiError("The driver does not say how much memory the GPU has.", "Use --card GIB.", exit_code=3)
+    lengths, notes = {}, []
+    named = [name for name in plan.plan.training_stages if _has_rows(plan.plan.stage(name).data)]
+    if len(named) == len(plan.plan.training_stages):
+        try:
+            stages = look(plan, "data")["stages"]
+            lengths = {name: Lengths(stages[name]["longest_rows"], stages[name]["longest_held_out"]) for name in named}
+        except FinetuiError as error:
+            notes.append(f"For rows as long as max_length allows: yours cannot be tokenised yet ({error.message})")
+    else:
+        notes.append("For rows as long as max_length allows; name the rows to ask about those.")
+    source = model_source(plan.plan.model, lambda text: None, fetch=False)
+    found = verdicts(plan.plan, lengths, place, model_folder(source))
+    fits = all(judged is not None and judged.fits for judged in found.values())
+    if arguments.json:
+        print_json({
+            "place": vars(place), "notes": notes, "fits": fits,
+            "stages": {name: judged and {"fits": judged.fits, "words": judged.words, "bytes": judged.estimate.total,
+                       "rows": judged.estimate.rows, "tokens": judged.estimate.tokens, "items": judged.estimate.items}
+                       for name, judged in found.items()},
+        })  # fmt: skip
+        return 0 if fits else 3
+    out = console()
+
+    def say(text: str, style: str = "") -> None:
+        out.print(clean(text), markup=False, highlight=False, style=style)
+
+    say(f"{plan.plan.model.name}, {plan.plan.backend}: {place.words}")
+    for name, judged in found.items():
+        if judged is None:
+            say(f"{name.upper()}  not known beforehand for this model; the run measures it before its first step")
+            continue
+        say(f"{name.upper()}  {judged.words}", "" if judged.fits else "red")
+        for item, gib in item_lines(judged.estimate):
+            say(f"     {item:<22}{gib:>6.2f} GiB")
+        say(f"     {'in all':<22}{judged.estimate.total / GIB:>6.2f} GiB")
+    for note in notes:
+        say(note, "yellow")
+    return 0 if fits else 3
+
+
+def _has_rows(data: DataPlan) -> bool:
+    return bool(data.file or data.files or data.dataset or data.demo)
 
 
 def runs(arguments: argparse.Namespace) -> int:

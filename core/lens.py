@@ -18,7 +18,7 @@ from typing import IO, Any
 from core.config import Resolved, save_plan
 from core.errors import FinetuiError
 from core.plan import Plan
-from core.runner import CHILD_ENV
+from core.runner import CHILD_ENV, stage_environment
 
 Reply = dict[str, Any]
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
@@ -251,7 +251,7 @@ class DryRun:
                 self._child = subprocess.Popen(
                     [sys.executable, "-P", "-m", "core.train_dry", folder, "data"], cwd=folder, text=True,
                     stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
-                    errors="replace", env={**CHILD_ENV, **os.environ, "FINETUI_BACKEND": plan.plan.backend},
+                    errors="replace", env={**CHILD_ENV, **os.environ, **stage_environment(plan.plan)},
                 )  # fmt: skip
             said, errors = self._child.communicate()
         try:

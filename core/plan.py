@@ -148,6 +148,9 @@ class StagePlan(Section):
     gradient_accumulation_steps: int = option(
         1, "Forward passes per optimiser step", flag="--gradient-accumulation", common=True, ge=1
     )
+    regroup: Switch = option(
+        "auto", "On a GPU: micro-batches as large as memory allows, steps kept; auto: unless batch_size was given"
+    )
     learning_rate: float = option(2e-4, "Peak learning rate", flag="--learning-rate", common=True, gt=0, le=1)
     num_train_epochs: float = option(3, "Passes over the data", flag="--num-epochs", unit="epochs", common=True, gt=0)
     max_steps: int = option(-1, "Stop after N optimiser steps; -1: by epochs", flag="--max-steps", unit="steps", ge=-1)
@@ -161,7 +164,9 @@ class StagePlan(Section):
     optim: Literal["auto", "adamw_8bit", "adamw_torch", "adamw_torch_fused", "paged_adamw_8bit"] = option(
         "auto", "Optimiser; auto: adamw_8bit where bitsandbytes runs, else adamw_torch"
     )
-    gradient_checkpointing: Switch = option("auto", "Recompute activations to save memory")
+    gradient_checkpointing: Switch = option(
+        "auto", "Recompute activations to save memory; auto: on a GPU only in as many layers as memory needs"
+    )
     logging_steps: int = option(5, "Log every N steps", unit="steps", ge=1)
     save_steps: int = option(50, "Checkpoint every N steps", flag="--save-steps", unit="steps", common=True, ge=1)
     save_total_limit: int = option(3, "Checkpoints kept", ge=1)
@@ -252,6 +257,7 @@ class Plan(Section):
     memory_limit: float | None = option(
         None, "GPU memory this run may take; default: what is free, less 0.5", flag="--memory-limit", unit="GiB", gt=0
     )
+    gpu: int | None = option(None, "Which GPU, as nvidia-smi counts; default: the first", flag="--gpu", ge=0, le=127)
     wait_gpu: bool = option(False, "Start once no other run of yours trains on this device", flag="--wait-gpu")
     model: ModelPlan = Field(default_factory=ModelPlan, description="The model")
     lora: LoraPlan = Field(default_factory=LoraPlan, description="The adapter")

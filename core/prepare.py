@@ -159,8 +159,8 @@ def planned_steps(stage: StagePlan, name: str, examples: int) -> int:
     """Optimiser steps of the whole stage."""
     if stage.max_steps > 0:
         return stage.max_steps
-    batches = len(batch_sizes(examples, stage.batch_size)) if name == "kto" else -(-examples // stage.batch_size)
-    per_epoch = max(-(-batches // stage.gradient_accumulation_steps), 1)
+    batch = stage.effective_batch
+    per_epoch = max(len(batch_sizes(examples, batch)) if name == "kto" else -(-examples // batch), 1)
     return -(-int(stage.num_train_epochs * per_epoch * 1000) // 1000)
 
 

@@ -45,6 +45,8 @@ CHILD_ENV = {
     "PYTHONUNBUFFERED": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+    "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # counts as nvidia-smi and NVML do
+    "UNSLOTH_MOE_STACKED_LORA": "0",  # TRL's KTO copies an adapter by its parameters' names, which stacking hides
     # Threads that spin while they wait starve each other when anything else runs: 4 times slower on two busy cores.
     # Sleeping costs a fifth of the pace on idle ones; spinning a little (GOMP_SPINCOUNT) halves it on busy ones.
     "OMP_WAIT_POLICY": "PASSIVE",
@@ -110,6 +112,12 @@ def _spawn(
         command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
         start_new_session=True, pass_fds=(handle,) if turn is None else (handle, turn),
     )  # fmt: skip
+
+
+def stage_environment(plan: "Plan") -> dict[str, str]:
+    """What a stage's process must find in its environment before it imports anything: its backend and its GPU."""
+    chosen = {"CUDA_VISIBLE_DEVICES": str(plan.gpu)} if plan.gpu is not None and plan.device == "cuda" else {}
+    return {"FINETUI_BACKEND": plan.backend, **chosen}
 
 
 def _end_group(pid: int, reap: Callable[[], object] = bool) -> None:
@@ -212,9 +220,9 @@ class Runner:
         module = "core.evaluate" if stage == "evaluate" else "core.train"
         command = [sys.executable, "-P", "-m", module, str(self.run.path), stage, *([base] if base else [])]
         position = self.run.log_path.stat().st_size if self.run.log_path.exists() else 0
+        folder, chosen = self.run.stage_path(stage), stage_environment(self.plan)
         with self.run.log_path.open("ab") as log:
-            folder, backend = self.run.stage_path(stage), self.plan.backend
-            child = _spawn(command, folder, log, self.lock, self.turn, FINETUI_BACKEND=backend)
+            child = _spawn(command, folder, log, self.lock, self.turn, **chosen)
         self.run.events.append(
             "stage_start", index=index, name=stage, base=base, pid=child.pid, pid_started=_created(child.pid)
         )

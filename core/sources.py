@@ -86,6 +86,21 @@ def _folder_source(folder: Path) -> ModelSource:
     raise FinetuiError(f"{folder} holds a config.json and no weights.", "Put its *.safetensors files beside it.")
 
 
+def model_folder(source: ModelSource) -> Path | None:
+    """The folder of the base model on this machine; None while it is not here."""
+    if source.local:
+        return Path(source.base)
+    if source.base.startswith("/"):
+        return None
+    import huggingface_hub
+
+    try:
+        found = huggingface_hub.try_to_load_from_cache(source.base, "config.json")
+    except Exception:  # a name that the Hub's client refuses; preflight has the word about it
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises FinetuiError."""
     try:

@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +19,19 @@ from trl import KTOConfig, SFTConfig
 
 from core.data_ledger import LEDGER
 from core.errors import FinetuiError
-from core.fit import keep_batch, kept_batch, smaller_batches
+from core.fit import Arrangement, keep_arrangement, kept_arrangement, planned_arrangement, smaller_batches
 from core.plan import KTOPlan, Plan, SFTPlan, StagePlan
 from core.prepare import StageData, kto_weights, planned_steps, prepare
 from core.runner import EXIT_REFIT, EXIT_STOPPED
 from core.runs import Run, write_manifest
 from core.sources import ModelSource, model_source
+from core.train_arrange import PADDING_FREE_TOKENS, UNSLOTH_PADS, Fitting
 from core.train_data import kto_dataset, sft_dataset
 from core.train_events import EventCallback, Reporter, Stopped
 from core.train_fit import FitCallback, Refit, cap_memory, out_of_memory
 from core.train_kto import kto_trainer_class, sft_trainer_class
-from core.train_model import Loaded, adapter_kept, load_model
+from core.train_model import Loaded, adapter_kept, load_model, load_tokenizer
 
-PADDING_FREE_TOKENS = 8192
 OWNED = {
     "output_dir", "per_device_train_batch_size", "max_length", "packing", "padding_free", "report_to", "save_strategy",
     "save_steps", "push_to_hub", "remove_unused_columns", "dataset_kwargs", "bf16", "fp16", "use_cpu", "beta",
@@ -55,44 +56,53 @@ def main() -> int:
 
 
 def refitted(run: Run, name: str, error: BaseException, reporter: Reporter) -> bool:
-    """Keep a smaller micro-batch with the run, which answers an error of memory; False where there is none smaller."""
-    folder = run.stage_path(name)
-    stage = kept_batch(folder, run.plan().stage(name))
-    sizes = smaller_batches(stage)
+    """Keep with the run what needs less memory, which answers an error of memory; False where there is nothing."""
+    folder, planned = run.stage_path(name), run.plan().stage(name)
+    kept = kept_arrangement(folder, planned) or planned_arrangement(planned)
+    stage = kept.applied(planned)
+    smaller = smaller_batches(stage)
     if isinstance(error, Refit):
-        size, why = error.size, "The longest rows would not fit"
-    elif sizes:
-        size, why = next((size for size in sizes if size <= stage.batch_size // 2), sizes[-1]), "GPU memory ran out"
+        found, why = error.to, "The largest batch would not fit"
+    elif kept.open_layers or (kept.checkpointing == "off" and planned.gradient_checkpointing == "auto"):
+        found, why = Arrangement(stage.batch_size), "GPU memory ran out"
+    elif smaller:
+        size = next((size for size in smaller if size <= stage.batch_size // 2), smaller[-1])
+        found, why = replace(kept, batch_size=size), "GPU memory ran out"
     else:
         return False
-    keep_batch(folder, size)
-    batch = f"{size} rows at once, {stage.effective_batch // size} times a step"
-    reporter.notice(f"{why}: from here on {batch}. The step keeps its {stage.effective_batch} rows.", "warning")
+    keep_arrangement(folder, found)
+    words = f"{found.batch_size} rows at once, {stage.effective_batch // found.batch_size} times a step"
+    if (kept.open_layers, kept.checkpointing) != (found.open_layers, found.checkpointing):
+        words += f", {found.open_layers or 'no'} layers keep their activations"
+    reporter.notice(f"{why}: from here on {words}. The step keeps its {stage.effective_batch} rows.", "warning")
     return True
 
 
 def train_stage(run: Run, plan: Plan, name: str, base: str, reporter: Reporter) -> bool:
     """Train one stage and save its model. Returns True when it was stopped before its last step."""
     folder = run.stage_path(name)
-    stage = kept_batch(folder, plan.stage(name))
     cap = cap_memory(plan, reporter)
-    with reporter.phase("load", plan.model.name):
+    with reporter.phase("tokenize"):
         source = model_source(plan.model, reporter.detail)
         if base:
             source = ModelSource(source.base, run.final_model(base))
-        loaded = load_model(plan, source, stage)
-    with reporter.phase("tokenize"):
-        data = prepare(stage, name, loaded.template, reporter.detail, _progress(reporter))
+        tokenizer, template, _ = load_tokenizer(plan, source)
+        data = prepare(plan.stage(name), name, template, reporter.detail, _progress(reporter))
         for text in data.notices:
             reporter.notice(text)
         _store_report(folder, data)
+    fitted = Fitting(plan, name, source, data)
+    found = fitted.arrangement(folder, cap, reporter)
+    stage = found.applied(plan.stage(name))
+    with reporter.phase("load", plan.model.name):
+        loaded = Loaded(load_model(plan, source, stage, found.open_layers), tokenizer, template)
     checkpoint = run.newest_checkpoint(name)
     build = kto_trainer if isinstance(stage, KTOPlan) else sft_trainer
     with reporter.phase("prepare"), adapter_kept(loaded.model):
         trainer = build(plan, stage, loaded, data, folder, reporter)  # type: ignore[arg-type]
         _drop_incomplete(folder, keep=checkpoint)
     if cap and not checkpoint:
-        trainer.add_callback(FitCallback(trainer, stage, cap, reporter))
+        trainer.add_callback(FitCallback(trainer, stage, cap, reporter, found.open_layers, fitted.estimate(found)))
     steps = planned_steps(stage, name, len(data.training.examples))
     trainable = sum(parameter.numel() for parameter in loaded.model.parameters() if parameter.requires_grad)
     reporter.event(
@@ -225,7 +235,9 @@ def _padding_free(plan: Plan, stage: SFTPlan, loaded: Loaded, data: StageData, r
                 "Use sft.padding_free: auto, or another model.attention.",
             )
         return stage.padding_free == "on"
-    if flash or plan.backend == "unsloth" or (implementation == "sdpa" and widest <= PADDING_FREE_TOKENS):
+    if plan.backend == "unsloth":
+        return getattr(loaded.model.config, "model_type", "") not in UNSLOTH_PADS
+    if flash or (implementation == "sdpa" and widest <= PADDING_FREE_TOKENS):
         return True
     reporter.notice(f"Batches are padded: {implementation} attention over {widest} tokens end to end would cost more.")
     return False

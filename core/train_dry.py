@@ -16,8 +16,9 @@ if os.environ.get("FINETUI_BACKEND") == "unsloth" and sys.argv[2:] == ["load"]:
 
 from core.config import load_plan
 from core.errors import FinetuiError
+from core.memory import KEPT_LENGTHS
 from core.plan import KTOPlan, Plan
-from core.prepare import kto_weights, planned_steps, prepare
+from core.prepare import Part, kto_weights, planned_steps, prepare
 from core.sources import ModelSource, hub_token, model_source
 from core.train import checked_extra
 from core.train_model import load_model, load_tokenizer
@@ -55,8 +56,10 @@ def dry_run(plan: Plan, *, load: bool) -> dict[str, Any]:
         steps = planned_steps(stage, name, report["examples"])
         per_epoch = steps / stage.num_train_epochs if stage.max_steps < 0 else None
         per_epoch = per_epoch or -(-report["examples"] // stage.effective_batch)
-        counted = {"steps": steps, "steps_per_epoch": per_epoch, "effective_batch": stage.effective_batch}
-        stages[name] = report | counted
+        stages[name] = report | {
+            "steps": steps, "steps_per_epoch": per_epoch, "effective_batch": stage.effective_batch,
+            "longest_rows": _longest(data.training), "longest_held_out": _longest(data.held_out),
+        }  # fmt: skip
         text.append(
             f"{name.upper()}: {report['examples']} examples, {report['tokens']:,} tokens an epoch "
             f"({report['trained_tokens']:,} trained), longest {report['longest']}; {per_epoch:.0f} steps of "
@@ -70,12 +73,18 @@ def dry_run(plan: Plan, *, load: bool) -> dict[str, Any]:
             desirable, undesirable = kto_weights(stage, data.labels)
             text.append(f"  weights: desirable {desirable:g}, undesirable {undesirable:g}")
     if load:
-        loaded = load_model(plan, source, plan.stage(plan.training_stages[0]))
-        trainable = sum(p.numel() for p in loaded.model.parameters() if p.requires_grad)
-        every = sum(p.numel() for p in loaded.model.parameters())
+        model = load_model(plan, source, plan.stage(plan.training_stages[0]))
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        every = sum(p.numel() for p in model.parameters())
         text.append(f"loaded: {every:,} parameters, {trainable:,} trained")
         stages["loaded"] = {"parameters": every, "trainable": trainable}
     return {"text": text, "stages": stages}
+
+
+def _longest(part: Part | None) -> list[int]:
+    """Tokens of the longest rows, longest first."""
+    lengths = part.examples.lengths.tolist() if part else []
+    return sorted(lengths, reverse=True)[:KEPT_LENGTHS]
 
 
 def download(source: ModelSource) -> str:

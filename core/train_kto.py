@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from core.batches import kto_batches
 from core.plan import KTOPlan, StagePlan
+from core.train_data import row_lengths
 from core.train_model import load_adapter_weights
 
 
@@ -39,22 +40,33 @@ def kto_losses(
 
 
 class KTOBatches(torch.utils.data.Sampler[list[int]]):
-    """The batches of an epoch, for a DataLoader; `set_epoch` chooses the epoch."""
+    """The micro-batches of an epoch, for a DataLoader; `set_epoch` chooses the epoch.
 
-    def __init__(self, labels: list[bool], prompts: list[str], batch_size: int, seed: int, *, shuffle: bool) -> None:
-        self.labels, self.prompts, self.batch_size, self.seed, self.shuffle = labels, prompts, batch_size, seed, shuffle
+    `dataset` has the columns label, prompt_key, prompt_ids and completion_ids; `batch_size` and `parts` are those of
+    `kto_batches`.
+    """
+
+    def __init__(self, dataset: Any, batch_size: int, seed: int, *, parts: int = 1, shuffle: bool) -> None:
+        self.labels, self.prompts = dataset["label"][:], dataset["prompt_key"][:]
+        self.lengths = row_lengths(dataset)
+        self.batch_size, self.parts, self.seed, self.shuffle = batch_size, parts, seed, shuffle
         self.drop_last = False
         self.epoch = 0
-        self.length = len(kto_batches(labels, prompts, batch_size, seed))
+        self.length = len(self._batches())
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch if self.shuffle else 0
+
+    def _batches(self) -> list[list[int]]:
+        return kto_batches(
+            self.labels, self.prompts, self.batch_size, self.seed, self.epoch, lengths=self.lengths, parts=self.parts
+        )
 
     def __len__(self) -> int:
         return self.length
 
     def __iter__(self) -> Iterator[list[int]]:
-        return iter(kto_batches(self.labels, self.prompts, self.batch_size, self.seed, self.epoch))
+        return iter(self._batches())
 
 
 @dataclass
@@ -137,14 +149,14 @@ def kto_trainer_class(*, sign_correction: bool = False) -> type:
         def _set_signature_columns_if_needed(self) -> None:
             self._signature_columns = ["prompt_ids", "completion_ids", "label", "prompt_key"]
 
-        def _loader(self, dataset: Any, batch_size: int, *, shuffle: bool) -> DataLoader:
-            seed = self.args.seed
-            batches = KTOBatches(dataset["label"], dataset["prompt_key"], batch_size, seed, shuffle=shuffle)
+        def _loader(self, dataset: Any, batch_size: int, parts: int = 1, *, shuffle: bool) -> DataLoader:
+            batches = KTOBatches(dataset, batch_size * parts, self.args.seed, parts=parts, shuffle=shuffle)
             loader = DataLoader(dataset, batch_sampler=batches, collate_fn=KTOCollator(self.data_collator))
             return self.accelerator.prepare(loader)
 
         def get_train_dataloader(self) -> DataLoader:
-            return self._loader(self.train_dataset, self.args.per_device_train_batch_size, shuffle=True)
+            size, parts = self.args.per_device_train_batch_size, self.args.gradient_accumulation_steps
+            return self._loader(self.train_dataset, size, parts, shuffle=True)
 
         def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
             dataset = eval_dataset if eval_dataset is not None else self.eval_dataset

@@ -25,6 +25,7 @@ from core.data_reader import Rows
 from core.data_shape import token_shape
 from core.data_tokens import KEPT_FROM, Growing, Tokens, fill, tokenize, tokens_key
 from core.errors import FinetuiError
+from core.memory import KEPT_LENGTHS
 from core.plan import Plan, StagePlan
 from core.prepare import changes, stage_ledger
 from core.sources import DEMO_MODEL, data_sources, model_source
@@ -207,9 +208,10 @@ def partners_of(ledger: Ledger, stage: StagePlan) -> dict[int, int]:
     """For each conversation the one before it in its batch of the first epoch, as the KTO collator pairs them."""
     which = ledger.training()
     labels = (ledger.labels[which] == 1).tolist()
-    keys = ledger.prompt_keys[which].tolist()
+    keys, lengths = ledger.prompt_keys[which].tolist(), (ledger.tokens[which] - ledger.cut[which]).tolist()
+    parts = stage.gradient_accumulation_steps
     found: dict[int, int] = {}
-    for batch in kto_batches(labels, keys, stage.batch_size, stage.seed):
+    for batch in kto_batches(labels, keys, stage.effective_batch, stage.seed, lengths=lengths, parts=parts):
         for index, before in zip(batch, [batch[-1], *batch[:-1]], strict=True):
             found.setdefault(int(which[index]), int(which[before]))
     return found
@@ -243,6 +245,8 @@ def shown(template: Template, limits: Limits, row: Conversation, *, ids: bool = 
 
 def count_words(found: Counted, stage: StagePlan, name: str) -> dict[str, Any]:
     """Examples and tokens of a pass over the training rows, their shape, and what the limits do to them."""
+    import numpy
+
     limits = Limits.of(stage, name)
     ledger = entered(found, limits)
     training = ledger.training()
@@ -254,12 +258,14 @@ def count_words(found: Counted, stage: StagePlan, name: str) -> dict[str, Any]:
         return round(float(value) * found.scale)
 
     lengths = ledger.tokens[kept] - ledger.cut[kept]
+    longest = numpy.sort(lengths)[::-1].repeat(round(found.scale))[:KEPT_LENGTHS]
     gone = ledger.reason[found.tokens.which]
     reasons = {ledger.reasons[number]: scaled((gone == number).sum()) for number in set(gone.tolist()) - {0}}
     return {
-        "examples": scaled(len(kept)), "held_out": len(ledger.evaluation()), "tokens": scaled(lengths.sum()),
-        "trained_tokens": scaled(ledger.trained[kept].sum()), "longest": int(lengths.max()), "left_out": reasons,
-        "cut": scaled((ledger.cut > 0).sum()), "sampled": len(found.tokens.which),
+        "longest_rows": longest.tolist(), "examples": scaled(len(kept)), "held_out": len(ledger.evaluation()),
+        "tokens": scaled(lengths.sum()), "trained_tokens": scaled(ledger.trained[kept].sum()),
+        "longest": int(lengths.max()), "left_out": reasons, "cut": scaled((ledger.cut > 0).sum()),
+        "sampled": len(found.tokens.which),
         "rows": len(found.tokens.which) if found.scale == 1 else len(found.ledger.training()),
         "exact": found.scale == 1,
         "shape": token_shape(found.tokens.lengths(), limits, stage.batch_size, found.scale),

@@ -59,12 +59,13 @@ def unreadable(source: ModelSource, error: Exception) -> FinetuiError:
     return FinetuiError(f"The model {source.base} cannot be had: {hub_reason(error.__cause__ or error)}.", HUB_ADVICE)
 
 
-def load_model(plan: Plan, source: ModelSource, stage: StagePlan) -> Loaded:
-    """Load model and tokenizer and put the adapter on: the source's own, else a new one of the plan's shape."""
-    tokenizer, template, _ = load_tokenizer(plan, source)
+def load_model(plan: Plan, source: ModelSource, stage: StagePlan, open_layers: int = 0) -> Any:
+    """The model with the adapter on: the source's own, else a new one of the plan's shape.
+
+    With Unsloth `open_layers` of its layers keep their activations where the others are checkpointed.
+    """
     torch.manual_seed(plan.lora.seed)
-    model = _unsloth(plan, source, stage) if plan.backend == "unsloth" else _peft(plan, source)
-    return Loaded(model, tokenizer, template)
+    return _unsloth(plan, source, stage, open_layers) if plan.backend == "unsloth" else _peft(plan, source)
 
 
 def _peft(plan: Plan, source: ModelSource) -> Any:
@@ -124,10 +125,12 @@ def _quantised(source: ModelSource) -> bool:
     return getattr(config, "quantization_config", None) is not None
 
 
-def _unsloth(plan: Plan, source: ModelSource, stage: StagePlan) -> Any:
+def _unsloth(plan: Plan, source: ModelSource, stage: StagePlan, open_layers: int) -> Any:
     from unsloth import FastLanguageModel
 
-    checkpointing = "unsloth" if stage.gradient_checkpointing == "on" else False
+    checkpointing: dict[str, Any] = {"use_gradient_checkpointing": False}
+    if stage.gradient_checkpointing == "on":
+        checkpointing = {"use_gradient_checkpointing": "unsloth", "checkpoint_skip_layers": open_layers}
     place: dict[str, Any] = {"token": hub_token(), "trust_remote_code": plan.model.trust_remote_code}
     if plan.model.revision and not source.local:
         place["revision"] = plan.model.revision
@@ -145,7 +148,7 @@ def _unsloth(plan: Plan, source: ModelSource, stage: StagePlan) -> Any:
         raise unreadable(source, error) from error
     shape = _adapter_shape(plan, source.adapter)
     model = FastLanguageModel.get_peft_model(
-        model, use_gradient_checkpointing=checkpointing, random_state=plan.lora.seed, bias="none", **shape
+        model, random_state=plan.lora.seed, bias="none", **checkpointing, **shape
     )
     if source.adapter:
         load_adapter_weights(model, source.adapter)

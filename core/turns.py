@@ -21,9 +21,11 @@ if TYPE_CHECKING:
 
 
 def device_of(plan: "Plan") -> str:
-    """``cpu``, or the GPU that a run started from here uses: ``gpu-0``, or the first of CUDA_VISIBLE_DEVICES."""
+    """``cpu``, or the GPU that a run uses: the plan's, else ``gpu-0``, or the first of CUDA_VISIBLE_DEVICES."""
     if plan.device == "cpu":
         return "cpu"
+    if plan.gpu is not None:
+        return f"gpu-{plan.gpu}"
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip() or "0"
     return f"gpu-{''.join(letter for letter in first if letter.isalnum() or letter == '-')}"
 

@@ -7,7 +7,7 @@ from conftest import SHARED_DATA
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from core.batches import batch_sizes, kto_batches, repeats
+from core.batches import batch_sizes, kto_batches, padding, repeats
 from core.data import read_rows
 
 
@@ -126,3 +126,42 @@ def test_the_real_file_with_766_doubly_labelled_prompts_is_batched_without_repea
         assert sum(repeats(batch, prompts) for batch in batches) == 0
         one_class = sum(good(batch, labels) in (0, len(batch)) for batch in batches)
         assert one_class == max(len(batches) - labels.count(False), 0)
+
+
+@settings(max_examples=150, deadline=None)
+@given(epochs(), st.integers(2, 5), st.integers(2, 4), st.booleans())
+def test_a_step_holds_the_same_rows_however_many_micro_batches_it_goes_through(
+    epoch: tuple[list[bool], list[int], int, int], size: int, parts: int, with_lengths: bool
+) -> None:
+    labels, prompts, _, seed = epoch
+    assume(len(labels) > 1)
+    lengths = [7 + 13 * (prompt % 5) for prompt in prompts] if with_lengths else None
+    step = size * parts
+    fine = kto_batches(labels, prompts, step, seed, lengths=lengths, parts=parts)
+    coarse = kto_batches(labels, prompts, step, seed, lengths=lengths, parts=1)
+    assert sorted(row for batch in fine for row in batch) == list(range(len(labels)))
+    assert min(len(batch) for batch in fine) >= 2 and max(len(batch) for batch in fine) <= size + 1
+    whole = len(labels) // step
+    steps = [sorted(row for batch in fine[at : at + parts] for row in batch) for at in range(0, whole * parts, parts)]
+    assert {*map(tuple, steps)} <= {tuple(sorted(batch)) for batch in coarse}
+    assert -(-len(fine) // parts) == len(coarse)  # so many optimiser steps an epoch
+
+
+def test_rows_of_like_length_share_a_step_where_padding_is_much_and_only_there() -> None:
+    labels = [number % 2 == 0 for number in range(200)]
+    prompts = list(range(200))
+    uneven = [20 + (number * 37) % 400 for number in range(200)]
+    even = [100 + number % 7 for number in range(200)]
+
+    def wasted(lengths: list[int], batches: list[list[int]]) -> float:
+        whole = sum(len(batch) * max(lengths[row] for row in batch) for batch in batches)
+        return 1 - sum(lengths) / whole
+
+    assert padding(uneven, 8, 1) > 0.25 > padding(even, 8, 1)
+    assert wasted(uneven, kto_batches(labels, prompts, 8, 1)) > 0.3
+    assert wasted(uneven, kto_batches(labels, prompts, 8, 1, lengths=uneven)) < 0.12
+    assert kto_batches(labels, prompts, 8, 1, lengths=even) == kto_batches(labels, prompts, 8, 1)
+    first, second = (kto_batches(labels, prompts, 8, 1, epoch, lengths=uneven) for epoch in (0, 1))
+    assert {*map(frozenset, first)} != {*map(frozenset, second)}, "the same rows together in every epoch"
+    halves = kto_batches(labels, prompts, 16, 1, lengths=uneven, parts=2)
+    assert wasted(uneven, halves) < 0.12 and all(0 < good(batch, labels) < 8 for batch in halves)

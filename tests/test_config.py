@@ -21,7 +21,8 @@ WritePlan = Callable[..., Path]
 # Options of a stage that finetui carries out itself; every other one must reach TRL's config.
 OWN = {
     "max_length", "max_prompt_length", "extra", "values", "two_stage_lr", "lr_reduction_step", "lr_reduction_factor",
-    "sign_correction", "padding_free", "save_total_limit", "desirable_weight", "undesirable_weight", "beta",
+    "sign_correction", "padding_free", "regroup", "save_total_limit", "desirable_weight", "undesirable_weight",
+    "beta",
 }  # fmt: skip
 
 
@@ -415,7 +416,7 @@ def values_of(path: str) -> st.SearchStrategy[Any]:
     if option.kind is list:
         return st.lists(st.sampled_from(["wandb", "tensorboard", "trackio"]), max_size=3)
     kinds: dict[type, st.SearchStrategy[Any]] = {
-        bool: st.booleans(), int: st.integers(8, 512), float: st.floats(1e-9, 0.5), str: words,
+        bool: st.booleans(), int: st.integers(8, 127), float: st.floats(1e-9, 0.5), str: words,
     }  # fmt: skip
     return kinds[option.kind]
 

@@ -139,13 +139,13 @@ def test_a_trainers_data_set_lies_over_the_tokens_row_by_row(
     assert examples.over.any() == (too_long == "cut") and (examples.which[1:] == examples.which[:-1]).any()
     for row, example in zip(dataset, examples, strict=True):
         assert row == {"input_ids": example.tokens.input_ids, "labels": example.tokens.labels}
-    assert row_lengths(dataset, ["input_ids"]) == examples.lengths.tolist()
+    assert row_lengths(dataset) == examples.lengths.tolist()
     kto = examples_of(tiny_template, path, "kto", max_length=70, max_prompt_length=40, too_long=too_long)
     dataset = kto_dataset(kto)
     for row, example in zip(dataset, kto, strict=True):
         assert (row["prompt_ids"], row["completion_ids"]) == (example.prompt_ids, example.completion_ids)
         assert (row["label"], row["prompt_key"]) == (bool(example.row.label), example.row.prompt_key)
-    assert row_lengths(dataset, ["prompt_ids", "completion_ids"]) == kto.lengths.tolist()
+    assert row_lengths(dataset) == kto.lengths.tolist()
 
 
 def test_rows_that_no_template_takes_leave_gaps_and_no_others(tiny_template: Template, file: WriteFile) -> None:

@@ -11,7 +11,7 @@ from conftest import MakeRun, finish, losses
 from test_training import Stage
 
 from core import runner
-from core.fit import keep_batch, kept_batch, smaller_batches, with_batch
+from core.fit import Arrangement, keep_arrangement, kept_arrangement, smaller_batches, with_batch
 from core.plan import KTOPlan, SFTPlan
 from core.train_events import Reporter
 from core.train_fit import FitCallback, Refit, out_of_memory, preflight
@@ -71,13 +71,21 @@ def test_smaller_batches_divide_the_effective_batch_and_kto_keeps_two_rows() -> 
     assert (smaller.batch_size, smaller.gradient_accumulation_steps, smaller.effective_batch) == (3, 8, 24)
 
 
-@pytest.mark.parametrize("kept", ["", "[", '{"batch_size": 5}', '{"batch_size": 8}', '{"batch_size": "2"}', "3"])
-def test_a_kept_batch_that_cannot_be_is_passed_over(tmp_path: Path, kept: str) -> None:
+@pytest.mark.parametrize(
+    "kept",
+    ["", "[", "3", '{"batch_size": 5}', '{"batch_size": 16}', '{"batch_size": "2"}', '{"batch_size": 2, "more": 1}',
+     '{"batch_size": 2, "open_layers": -1}', '{"batch_size": 2, "open_layers": true}',
+     '{"batch_size": 2, "checkpointing": "x"}'],
+)  # fmt: skip
+def test_a_kept_arrangement_that_cannot_be_is_passed_over(tmp_path: Path, kept: str) -> None:
     stage = SFTPlan(batch_size=4, gradient_accumulation_steps=2)
     (tmp_path / "batch.json").write_text(kept)
-    assert kept_batch(tmp_path, stage) == stage
-    keep_batch(tmp_path, 2)
-    assert kept_batch(tmp_path, stage).batch_size == 2
+    assert kept_arrangement(tmp_path, stage) is None
+    found = Arrangement(2, open_layers=3)
+    keep_arrangement(tmp_path, found)
+    assert kept_arrangement(tmp_path, stage) == found
+    applied = found.applied(stage)
+    assert (applied.batch_size, applied.effective_batch, applied.gradient_checkpointing) == (2, 8, "on")
 
 
 @pytest.mark.parametrize("name", ["sft", "kto"])
@@ -88,16 +96,16 @@ def test_the_largest_micro_batch_that_fits_is_found_before_the_first_step(make_r
     hook = refusing(stage.trainer.model, 4)
     with pytest.raises(Refit) as found:
         preflight(stage.trainer, stage.settings, 1 << 40, reporter)
-    assert found.value.size == 4 and events(stage.run, "preflight")[0]["batch_size"] == 4
+    assert found.value.to.batch_size == 4 and events(stage.run, "preflight")[0]["batch_size"] == 4
     hook.remove()
     preflight(stage.trainer, stage.settings, 1 << 40, reporter)
     assert events(stage.run, "preflight")[1]["batch_size"] == 8
     refusing(stage.trainer.model, 0)
     with pytest.raises(Refit) as found:
         preflight(stage.trainer, stage.settings, 1 << 40, reporter)
-    assert found.value.size == (2 if name == "kto" else 1)
+    assert found.value.to.batch_size == (2 if name == "kto" else 1)
     assert "did not fit" in events(stage.run, "notice")[-1]["text"]
-    preflight(stage.trainer, with_batch(stage.settings, found.value.size), 1 << 40, reporter)  # warns, lets it try
+    preflight(stage.trainer, found.value.to.applied(stage.settings), 1 << 40, reporter)  # warns, lets it try
 
 
 @pytest.mark.parametrize("name", ["sft", "kto"])
@@ -158,7 +166,7 @@ def test_memory_that_runs_out_in_the_middle_costs_a_notice_and_nothing_else(
     assert [event["status"] for event in events(run, "stage_end")] == ["refit", "done"]
     assert [event["resumed_step"] for event in events(run, "totals")] == [0, 4]
     assert losses(run, "sft") == pytest.approx(losses(whole, "sft"), abs=2e-5)
-    assert json.loads((run.stage_path("sft") / "batch.json").read_text()) == {"batch_size": 2}
+    assert json.loads((run.stage_path("sft") / "batch.json").read_text())["batch_size"] == 2
 
 
 def test_a_card_too_small_for_one_row_ends_the_run_with_advice(make_run: MakeRun, small_card: Any) -> None:

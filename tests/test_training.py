@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import SHARED_DATA, MakeRun
+from datasets import Dataset
 from transformers import AutoTokenizer
 
 from core import train
@@ -16,7 +17,7 @@ from core.runs import Run, complete_checkpoints
 from core.sources import ModelSource, model_source
 from core.train_events import Reporter
 from core.train_kto import KTOBatches, kto_losses
-from core.train_model import Loaded, load_model
+from core.train_model import Loaded, load_model, load_tokenizer
 
 SHARED = sorted(SHARED_DATA.glob("*.jsonl"))
 
@@ -29,8 +30,9 @@ class Stage:
         self.settings: Any = self.plan.stage(name)
         source = model_source(self.plan.model, print)
         self.source = ModelSource(source.base, adapter or source.adapter)
-        self.loaded: Loaded = load_model(self.plan, self.source, self.settings)
-        self.data: StageData = prepare(self.settings, name, self.loaded.template, print)
+        tokenizer, template, _ = load_tokenizer(self.plan, self.source)
+        self.loaded = Loaded(load_model(self.plan, self.source, self.settings), tokenizer, template)
+        self.data: StageData = prepare(self.settings, name, template, print)
         build: Any = train.kto_trainer if name == "kto" else train.sft_trainer
         folder = run.stage_path(name)
         folder.mkdir(exist_ok=True)
@@ -258,7 +260,8 @@ def test_the_second_rate_lasts_and_survives_a_resume(make_run: MakeRun) -> None:
 
 
 def test_epochs_bring_kto_rows_in_another_order() -> None:
-    batches = KTOBatches([True, False] * 10, [str(i) for i in range(20)], 4, 1, shuffle=True)
+    rows = {"label": [True, False] * 10, "prompt_key": [str(i) for i in range(20)], "prompt_ids": [[1]] * 20}
+    batches = KTOBatches(Dataset.from_dict(rows | {"completion_ids": [[2]] * 20}), 4, 1, shuffle=True)
     first = list(batches)
     batches.set_epoch(1)
     assert list(batches) != first

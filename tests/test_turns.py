@@ -10,6 +10,7 @@ from conftest import MakeRun, finish, wait_until
 from core import runner
 from core.backend import settle
 from core.config import resolve
+from core.gpu import GpuSample
 from core.plan import Plan
 from core.runs import Run, is_alive, request_abort, request_stop
 from core.turns import device_of, holder, in_use, take_turn
@@ -101,3 +102,21 @@ def test_a_turn_is_one_runs_alone_and_tells_whose(monkeypatch: pytest.MonkeyPatc
     assert device_of(Plan(device="cuda")) == "gpu-2" and device_of(Plan(device="cpu")) == "cpu"
     for one in (again, other):
         os.close(one)
+
+
+def test_the_review_offers_to_wait_or_the_other_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cards = [GpuSample(index, f"Card {index}", memory_total_bytes=24 << 30, memory_free_bytes=(20 + index) << 30)
+             for index in range(3)]  # fmt: skip
+    monkeypatch.setattr("core.gpu.gpus", lambda pids=(): cards)
+    monkeypatch.setattr("core.backend.installed", lambda package: True)
+    plan = settle(resolve("sft", None, {"model.size": ("7b", "test")}, gpu_present=True)).plan
+    assert device_of(plan) == "gpu-0"
+    held = [take_turn("gpu-0", "one"), take_turn("gpu-2", "two")]
+    found = forecast(plan, {}, tmp_path, [])
+    assert found.busy and found.other_gpu == 1 and "o on GPU 1 (Card 1)" in " ".join(found.warnings)
+    there = forecast(plan.model_copy(update={"gpu": 1}), {}, tmp_path, [])
+    assert not there.busy and there.other_gpu is None
+    for handle in held:
+        assert handle is not None
+        os.close(handle)
+    assert not forecast(plan, {}, tmp_path, []).busy

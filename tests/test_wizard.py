@@ -1,6 +1,7 @@
 """The wizard, driven by its keys: preview, consequences, forecast, completion; with hostile rows."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from core.gpu import GpuSample
 from core.paths import configs_dir
 from core.runs import Run, create_run, write_manifest
 from core.sources import ModelSource
+from core.turns import take_turn
 from tui.completion import completions, load_recent, remember
 from tui.data_room import DataRoom
 from tui.data_views import TRAINED, row_words
@@ -249,7 +251,7 @@ async def test_the_review_foresees_steps_memory_disk_and_what_changed_and_runs_d
         text = await shows(pilot, "✔ ready", "tokens an epoch", "roughly", f"going by {run.name}", "100 tokens/s")
         assert f"since {run.name}: sft.learning_rate 0.001 → 0.0003; sft.num_train_epochs 3 → 2" in text
         assert "10 steps of 4; 20 examples, 5 steps an epoch" in text
-        assert "no figure for this model yet" in text and "an estimate" in text
+        assert "on this machine (RAM)" in text and "SFT ✔ fits: 4 rows at once" in text and "an estimate" in text
         assert text.index("The disk is too small") < text.index("rows are left out")
         await pilot.press("d")
         await shows(pilot, "Dry run", "✔ it holds together", "SFT: 20 examples")
@@ -257,10 +259,26 @@ async def test_the_review_foresees_steps_memory_disk_and_what_changed_and_runs_d
         await until(pilot, lambda: app.screen is app.wizard)
 
 
+async def test_a_key_of_the_review_lets_the_run_start_after_the_one_that_has_the_device(
+    tmp_path: Path, tiny_model: Path, rows_file: Callable[..., Path], own_cache_and_no_gpu: None
+) -> None:
+    handle = take_turn("cpu", "another-run")
+    assert handle is not None
+    draft = draft_of("sft", tiny_model, rows_file(), 4)
+    app = WizardApp(draft, tmp_path)
+    async with app.run_test(size=(120, 40)) as pilot:
+        await shows(pilot, "✔ ready", "another-run trains on this device now", "w when that one has ended")
+        await pilot.press("o")  # there is no other
+        await pilot.press("w")
+        await shows(pilot, "when another-run, which trains on this device now, has ended")
+    os.close(handle)
+    assert draft.values == {"wait_gpu": "true"}
+
+
 def test_the_estimate_of_an_adapter_and_its_checkpoints_is_what_training_wrote(tmp_path: Path) -> None:
     plan = settle(resolve("sft-kto", configs_dir() / "demo.yaml", {}, gpu_present=False)).plan
     shape = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
-    (tmp_path / "config.json").write_text(json.dumps({**shape, "num_key_value_heads": 3}))
+    (tmp_path / "config.json").write_text(json.dumps({**shape, "num_key_value_heads": 3, "vocab_size": 49152}))
     assert adapter_parameters(plan, ModelSource(str(tmp_path))) == 4_884_480  # as the trainer counts them
     assert adapter_parameters(plan, ModelSource("/not/here/yet")) == 4_884_480
     (tmp_path / "config.json").write_text('{"hidden_size": "many"}')

@@ -1,6 +1,5 @@
 """What a plan will take: steps, tokens, disk, memory, time; and what differs from the last run. No widgets."""
 
-import json
 import math
 import shutil
 import statistics
@@ -9,31 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from core import gpu
-from core.config import OPTIONS, size_presets
+from core.budget import item_lines, place_of, verdicts
+from core.config import OPTIONS
 from core.errors import FinetuiError
+from core.memory import GIB, Lengths, shape_in
 from core.plan import Plan
 from core.prepare import planned_steps
 from core.runs import Run, list_runs
-from core.sources import DEMO_MODEL, ModelSource, model_source
+from core.sources import DEMO_MODEL, ModelSource, model_folder, model_source
 from core.text import clean, duration, number
 from core.turns import device_of, in_use
 
-GIB = 1 << 30
 LOOKED_AT_RUNS = 20
-# Hidden size, feed-forward size, layers, query and key/value width of the presets' models, for an adapter's size before
-# the model's config.json is here; and about what the 4-bit model takes on disk, in GiB: not measured, the 135m apart.
-SHAPES = {
-    "135m": (576, 1536, 30, 576, 192, 0.1),
-    "3b": (2048, 11008, 36, 2048, 256, 2.1),
-    "7b": (4096, 14336, 32, 4096, 1024, 3.9),
-    "13b": (5120, 13824, 40, 5120, 5120, 6.8),
-}
+DOWNLOAD_GIB = {"135m": 0.1, "3b": 2.1, "7b": 3.9, "13b": 6.8, "20b": 12.0}
+"""About what the presets' models take on disk: not measured, the 135m apart."""
 DEMO_DOWNLOAD, DEMO_MODEL_BYTES = 98e6, 540e6
-GPT_OSS_ADAPTER = 1.4e9
-"""Parameters of rank 128 on every expert of gpt-oss-20b."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +37,15 @@ class Count:
     longest: int | None = None
     about: bool = False
     """The figures come from a sample."""
+    longest_rows: tuple[int, ...] = ()
+    """Tokens of the longest rows, longest first; empty before they were tokenised."""
 
     @classmethod
     def of_reply(cls, reply: Mapping[str, Any]) -> "Count":
         """From what `core.lens` counted."""
         return cls(
             reply["examples"], reply["held_out"], reply["tokens"], reply["trained_tokens"], reply["longest"],
-            reply["sampled"] < reply["rows"],
+            reply["sampled"] < reply["rows"], tuple(reply["longest_rows"]),
         )  # fmt: skip
 
     @classmethod
@@ -127,21 +119,6 @@ def stage_words(plan: Plan, stage: str, count: Count | None) -> str:
 # --- memory ---
 
 
-def memory_range(plan: Plan) -> tuple[float, float] | None:
-    """GiB that the preset's runs were seen to take, the least and the most of the plan's stages; None if never seen."""
-    preset = size_presets().get(plan.model.size or "")
-    if preset is None or preset["model"]["name"] != plan.model.name:
-        return None
-    spans = [span_of(str(preset["about"][f"memory_{stage}"])) for stage in plan.training_stages]
-    return min(low for low, _ in spans), max(high for _, high in spans)
-
-
-def span_of(memory: str) -> tuple[float, float]:
-    """The figures of models.yaml: ``7-9`` or ``2.3 (CPU)``, in GiB."""
-    ends = memory.split(" ")[0].split("-")
-    return float(ends[0]), float(ends[-1])
-
-
 def fit(needed_gib: float, free_gib: float, total_gib: float) -> str:
     """Whether so much goes into a card, in a glyph and words."""
     if needed_gib > total_gib:
@@ -161,20 +138,24 @@ def card() -> tuple[str, float, float] | None:
     return found[0].name or "GPU 0", total if free is None else free / GIB, total
 
 
-def memory_words(plan: Plan) -> tuple[str, bool]:
-    """Memory needed against what is free, and whether it is enough as far as can be told."""
-    seen = memory_range(plan)
-    device = card() if plan.device == "cuda" else None
-    if device:
-        place, free = f"free of {device[2]:.1f} on {device[0]}", device[1]
-    else:
-        place, free = "of RAM free here", psutil.virtual_memory().available / GIB
-    if seen is None:
-        return f"no figure for this model yet; {free:.1f} GiB {place}", True
-    low, high = seen
-    needed = f"{low:g}" if low == high else f"{low:g}–{high:g}"
-    origin = "an RTX 3090" if device else "the demo on a CPU"
-    return f"{needed} GiB needed (as seen with {origin}), {free:.1f} GiB {place}", high <= free
+def memory_words(plan: Plan, counts: Counts, source: ModelSource | None) -> tuple[str, bool]:
+    """Memory needed, by stage and item, against what is free, and whether it is enough as far as can be told."""
+    place = place_of(plan)
+    if place is None:
+        return "the driver does not say how much memory there is", True
+    lengths = {name: Lengths(count.longest_rows) for name, count in counts.items() if count.longest_rows}
+    found = verdicts(plan, lengths, place, model_folder(source) if source else None)
+    lines, enough = [], True
+    for name, judged in found.items():
+        if judged is None:
+            lines.append(f"{name.upper()} not known for this model")
+            continue
+        items = ", ".join(f"{item} {gib:.1f}" for item, gib in item_lines(judged.estimate)[:5] if gib >= 0.05)
+        about = "" if name in lengths else " for rows as long as allowed"
+        need = f"about {judged.estimate.total / GIB:.1f} GiB{about} ({items})"
+        lines.append(f"{name.upper()} {judged.words}, {need}")
+        enough = enough and judged.fits
+    return f"{place.words}\n" + "\n".join(lines), enough
 
 
 # --- disk ---
@@ -182,49 +163,8 @@ def memory_words(plan: Plan) -> tuple[str, bool]:
 
 def adapter_parameters(plan: Plan, source: ModelSource) -> int | None:
     """Parameters of the LoRA on the plan's projections; None where the model's shape is not known."""
-    shape = _shape(plan, source)
-    if shape is None:
-        return int(GPT_OSS_ADAPTER * plan.lora.r / 128) if plan.model.size == "20b" else None
-    hidden, wide, layers, query, key = shape
-    widths = {
-        "q_proj": hidden + query, "k_proj": hidden + key, "v_proj": hidden + key, "o_proj": query + hidden,
-        "gate_proj": hidden + wide, "up_proj": hidden + wide, "down_proj": wide + hidden,
-    }  # fmt: skip
-    if not set(plan.lora.target_modules) <= set(widths):
-        return None
-    return layers * plan.lora.r * sum(widths[name] for name in plan.lora.target_modules)
-
-
-def _shape(plan: Plan, source: ModelSource) -> tuple[int, int, int, int, int] | None:
-    """Hidden, feed-forward, layers, query width, key/value width."""
-    folder = model_folder(source)
-    if folder is None:
-        known = SHAPES.get(plan.model.size or "")
-        return known[:5] if known else None
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        heads = int(config["num_attention_heads"])
-        each = int(config.get("head_dim") or config["hidden_size"] // heads)
-        keys = int(config.get("num_key_value_heads") or heads)
-        sizes = int(config["hidden_size"]), int(config["intermediate_size"]), int(config["num_hidden_layers"])
-        return (*sizes, heads * each, keys * each) if "num_local_experts" not in config else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError):
-        return None
-
-
-def model_folder(source: ModelSource) -> Path | None:
-    """The folder of the base model on this machine; None while it is not here."""
-    if source.local:
-        return Path(source.base)
-    if source.base.startswith("/"):
-        return None
-    import huggingface_hub
-
-    try:
-        found = huggingface_hub.try_to_load_from_cache(source.base, "config.json")
-    except Exception:  # a name that the Hub's client refuses; preflight has the word about it
-        return None
-    return Path(found).parent if isinstance(found, str) else None
+    shape = shape_in(model_folder(source), plan.model.size)
+    return shape.adapter_parameters(plan.lora.target_modules, plan.lora.r) if shape else None
 
 
 def download_bytes(plan: Plan, source: ModelSource) -> tuple[float, str] | None:
@@ -233,8 +173,8 @@ def download_bytes(plan: Plan, source: ModelSource) -> tuple[float, str] | None:
         return 0.0, "the model is here"
     if plan.model.name == DEMO_MODEL:
         return DEMO_DOWNLOAD + DEMO_MODEL_BYTES, "the demo model's download and conversion"
-    known = SHAPES.get(plan.model.size or "")
-    return (known[5] * GIB, "the model's download") if known else None
+    known = DOWNLOAD_GIB.get(plan.model.size or "")
+    return (known * GIB, "the model's download") if known else None
 
 
 def checkpoint_bytes(plan: Plan, counts: Counts, parameters: int) -> float:
@@ -373,34 +313,48 @@ class Forecast:
 
     lines: list[tuple[str, str, str]]
     warnings: list[str]
+    busy: bool = False
+    """Another run trains on the plan's device, and this one would not wait for it."""
+    other_gpu: int | None = None
+    """A GPU on which nothing of ours trains, where the plan's is busy."""
 
 
 def forecast(plan: Plan, counts: Counts, runs_folder: Path, runs: list[tuple[Run, Plan]]) -> Forecast:
     """Steps, memory, disk, duration and what changed. Looks at the disk and the devices: for a thread."""
     lines = [(stage.upper(), stage_words(plan, stage, counts.get(stage)), "") for stage in plan.training_stages]
     warnings = []
-    memory, enough = memory_words(plan)
+    source = found_source(plan)
+    memory, enough = memory_words(plan, counts, source)
     lines.append(("Memory", memory, "" if enough else "$text-warning"))
     if not enough:
-        warnings.append("Less memory is free than runs of this size were seen to take: it may be killed on the way.")
-    source = found_source(plan)
+        warnings.append("It needs more memory than is free: lower max_length or lora.r, or take a smaller model.")
     if source:
         disk, room = disk_words(plan, source, counts, runs_folder)
         lines.append(("Disk", disk, "" if room else "$text-warning"))
         if not room:
             warnings.insert(0, "The disk is too small for what the run will write: free some space first.")
-    if other := in_use(device_of(plan)):
-        if plan.wait_gpu:
-            lines.append(("Start", clean(f"when {other}, which trains on this device now, has ended", 160), ""))
-        else:
-            warnings.append(
-                clean(f"{other} trains on this device now: both would be slower and share its memory.", 160)
-                + " wait_gpu (Settings, Advanced) lets this run start after it."
-            )
+    other, idle = in_use(device_of(plan)), None
+    if other and plan.wait_gpu:
+        lines.append(("Start", clean(f"when {other}, which trains on this device now, has ended", 160), ""))
+    elif other:
+        idle = idle_gpu(plan)
+        choice = "Enter starts it now all the same, w when that one has ended"
+        choice += f", o on GPU {idle.index} ({idle.name or 'unnamed'})" if idle else ""
+        warnings.append(
+            clean(f"{other} trains on this device now: both would be slower and share its memory. {choice}.", 300)
+        )
     unknown = "not known before a run of this model has finished on this device"
     lines.append(("Duration", duration_words(plan, counts, runs) or unknown, ""))
     lines.append(("Changed", changed_words(plan, runs), ""))
-    return Forecast(lines, warnings)
+    return Forecast(lines, warnings, bool(other) and not plan.wait_gpu, idle.index if idle else None)
+
+
+def idle_gpu(plan: Plan) -> gpu.GpuSample | None:
+    """The GPU with most free memory on which no run of ours trains; None where the plan's is the only one."""
+    if plan.device != "cuda":
+        return None
+    cards = [card for card in gpu.gpus() if f"gpu-{card.index}" != device_of(plan) and not in_use(f"gpu-{card.index}")]
+    return max(cards, key=lambda card: card.memory_free_bytes or 0, default=None)
 
 
 def changed_words(plan: Plan, runs: list[tuple[Run, Plan]]) -> str:

@@ -12,6 +12,7 @@ from textual.widgets import DataTable, Input, OptionList
 from textual.widgets.option_list import Option as Entry
 
 from core.backend import gpu_present
+from core.budget import preset_needs
 from core.config import size_presets
 from core.errors import FinetuiError
 from core.paths import runs_dir
@@ -19,7 +20,7 @@ from core.stages import METHODS
 from core.text import clean
 from tui.completion import PathLine
 from tui.draft import Checked, Draft
-from tui.forecast import Counts, card, fit, span_of
+from tui.forecast import Counts, card, fit
 from tui.widgets import Menu, Rows, Words
 
 METHOD_HELP: dict[str, tuple[str, str, str, str]] = {
@@ -141,25 +142,26 @@ class ModelPage(Page):
         self._card = card()
         table = self.query_one("#sizes", DataTable)
         table.add_columns("size", "model", "LoRA", "batch", "GiB", "fits here?")
+        needs = preset_needs(self.draft.method, self._card is not None)
         for size, preset in size_presets().items():
-            table.add_row(*(Text(clean(cell, 40)) for cell in self._cells(size, preset)), key=size)
+            table.add_row(*(Text(clean(cell, 40)) for cell in self._cells(size, preset, needs[size])), key=size)
         if self._card:
             name, free, total = self._card
             self.query_one("#card", Words).say(f"{clean(name, 60)}: {free:.1f} of {total:.1f} GiB free")
+        self.query_one("#sizes").tooltip = "GiB: about what the preset needs for rows of 512 tokens"
         size = self.draft.size or ("7b" if gpu_present() else "135m")
         table.move_cursor(row=list(size_presets()).index(size))
         self.screen.set_focus(self.query_one("#own" if self.draft.model else "#sizes"))
 
-    def _cells(self, size: str, preset: dict[str, Any]) -> list[str]:
-        stage, about = preset[self.draft.stages[-1]], preset["about"]
-        memory = str(about[f"memory_{self.draft.stages[-1]}"])
+    def _cells(self, size: str, preset: dict[str, Any], need_gib: float) -> list[str]:
+        stage = preset[self.draft.stages[-1]]
         return [
             size,
             preset["model"]["name"].rsplit("/", 1)[-1],
             f"{preset['lora']['r']}/{preset['lora']['alpha']}",
             f"{stage['batch_size']}×{stage['gradient_accumulation_steps']}",
-            memory.replace("-", "–"),
-            fits(size, memory, self._card),
+            f"{need_gib:.1f}",
+            fits(size, need_gib, self._card),
         ]
 
     @on(DataTable.RowHighlighted)
@@ -194,8 +196,8 @@ class ModelPage(Page):
         self.query_one("#model-problem", Words).say(problem_words(error) if error else own)
 
 
-def fits(size: str, memory: str, found: tuple[str, float, float] | None) -> str:
-    """Whether the figures of a size go into the free memory of the card here, in a word and a glyph."""
+def fits(size: str, need_gib: float, found: tuple[str, float, float] | None) -> str:
+    """Whether what a size needs goes into the free memory of the card here, in a word and a glyph."""
     if found is None:
         return "✔ CPU" if size == "135m" else "✘ needs GPU"
-    return fit(span_of(memory)[1], found[1], found[2])
+    return fit(need_gib, found[1], found[2])

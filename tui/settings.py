@@ -205,13 +205,15 @@ class ReviewPage(Page):
         yield Words(id="what")
         yield Words(id="verdict", classes="gap")
         with Container(id="forecast"):
-            for name in (*(stage.upper() for stage in self.draft.stages), "Memory", "Disk", "Duration", "Changed"):
-                yield Words(Content.styled(name, "bold"))
+            stages = (stage.upper() for stage in self.draft.stages)
+            for name in (*stages, "Memory", "Disk", "Start", "Duration", "Changed"):
+                yield Words(Content.styled(name, "bold"), id=f"forecast-{name.lower()}-name")
                 yield Words(Content.styled("…", "$foreground-muted"), id=f"forecast-{name.lower()}")
         yield Words(id="command", classes="gap")
         yield Words(id="plan", classes="gap")
 
     def on_mount(self) -> None:
+        self._show_start(False)
         self.focus()
 
     def show(self, found: Checked) -> None:
@@ -236,7 +238,13 @@ class ReviewPage(Page):
     def forecast(self, forecast: Forecast) -> None:
         for name, words, hue in forecast.lines:
             for line in self.query(f"#forecast-{name.lower()}").results(Words):
-                line.say(Content.styled(clean(words, 800), hue))
+                line.say(Content.styled(clean(words, 1200, newlines=True), hue))
+        self._show_start(any(name == "Start" for name, _, _ in forecast.lines))
+
+    def _show_start(self, shown: bool) -> None:
+        """Whether the run waits for something before it starts is worth a line only where it does."""
+        for line in self.query("#forecast-start, #forecast-start-name").results(Words):
+            line.display = shown
 
 
 def rows_words(plan: Plan, stage: str) -> str:

@@ -44,6 +44,8 @@ class WizardScreen(Room[Run | None]):
         Binding("escape", "back", "Back"),
         Binding("d", "dry_run", "Dry run"),
         Binding("v", "save", "Save as YAML"),
+        Binding("w", "wait", "Start when free"),
+        Binding("o", "other_gpu", "Other GPU"),
         Binding("ctrl+r", "reset", "Reset to presets"),
         Binding("f1", "app.help", "Help"),
     ]
@@ -148,6 +150,9 @@ class WizardScreen(Room[Run | None]):
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         if action == "reset":
             return self.draft.step >= STEPS.index("Settings")
+        foreseen = self.foreseen if self.draft.step == len(STEPS) - 1 else None
+        if action in ("wait", "other_gpu"):
+            return bool(foreseen and (foreseen.busy if action == "wait" else foreseen.other_gpu is not None))
         return self.draft.step == len(STEPS) - 1 if action in ("save", "dry_run") else True
 
     def action_next(self) -> None:
@@ -155,6 +160,17 @@ class WizardScreen(Room[Run | None]):
 
     def action_back(self) -> None:
         self.post_message(self.Turn(-1))
+
+    def action_wait(self) -> None:
+        """Start once the run that has the device now has ended."""
+        self.draft.values = {**self.draft.values, "wait_gpu": "true"}
+        self.edited()
+
+    def action_other_gpu(self) -> None:
+        """Train on a GPU that none of our runs uses."""
+        if self.foreseen and self.foreseen.other_gpu is not None:
+            self.draft.values = {**self.draft.values, "gpu": str(self.foreseen.other_gpu)}
+            self.edited()
 
     def action_reset(self) -> None:
         """Forget the settings that were typed; method, model and rows stay."""
@@ -280,6 +296,7 @@ class WizardScreen(Room[Run | None]):
         if event.edits == self.edits and isinstance(self.page, ReviewPage):
             self.foreseen = event.forecast
             self.page.forecast(event.forecast)
+            self.refresh_bindings()
             self.say_judgement()
 
     @on(Judged)

@@ -233,6 +233,7 @@ def inside(options: argparse.Namespace, what: str, run: Run) -> None:
 def build(path: str, stage: str) -> tuple[Any, Any]:
     """A trainer of the run's stage, as core.train makes it, and its tokenised rows."""
     from core import train
+    from core.fit import planned_arrangement
     from core.prepare import prepare
     from core.sources import model_source
     from core.train_events import Reporter
@@ -240,8 +241,11 @@ def build(path: str, stage: str) -> tuple[Any, Any]:
     run = Run(Path(path))
     plan, settings = run.plan(), run.plan().stage(stage)
     run.stage_path(stage).mkdir(exist_ok=True)
-    loaded = train.load_model(plan, model_source(plan.model, print), settings)
-    data = prepare(settings, stage, loaded.template, print)
+    source = model_source(plan.model, print)
+    tokenizer, template, _ = train.load_tokenizer(plan, source)
+    settings = planned_arrangement(settings).applied(settings)
+    loaded = train.Loaded(train.load_model(plan, source, settings), tokenizer, template)
+    data = prepare(settings, stage, template, print)
     make_trainer: Any = train.kto_trainer if stage == "kto" else train.sft_trainer
     with train.adapter_kept(loaded.model):
         trainer = make_trainer(plan, settings, loaded, data, run.stage_path(stage), Reporter(run, stage))
