@@ -195,7 +195,7 @@ def _print_content(content: dict[str, Any]) -> None:
 
 
 def _print_finding(entry: dict[str, Any]) -> None:
-    from core.data_findings import Finding
+    from core.data_finding import Finding
 
     finding = Finding(**{key: value for key, value in entry.items() if key != "mark"})
     where = f" ({finding.lines_words()})" if finding.places else ""

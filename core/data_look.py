@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from core.data import class_weights
-from core.data_findings import Look, findings, glimpses
+from core.data_finding import Look
+from core.data_findings import findings, glimpses
 from core.data_hub import HubRows, first_rows, here, listing
 from core.data_ledger import Ledger, save_ledger
 from core.data_repeats import Repeats, near_duplicates

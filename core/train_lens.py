@@ -18,7 +18,8 @@ from core.batches import kto_batches
 from core.chat import Template, TemplateError, Tokenised, nothing_left, tokenize_rows
 from core.data import Conversation
 from core.data_cache import entry
-from core.data_findings import Look, length_findings
+from core.data_finding import Look
+from core.data_findings import length_findings
 from core.data_ledger import Ledger
 from core.data_limits import Limits
 from core.data_reader import Rows

@@ -9,7 +9,8 @@ from conftest import ANSWER, CALL, SHARED_DATA, USER, WriteFile, good
 from test_data_repeats import text
 
 from core.data_calls import calls_of, misfit
-from core.data_findings import Finding, Look, findings, length_findings
+from core.data_finding import Finding, Look
+from core.data_findings import findings, length_findings
 from core.data_ledger import Ledger, Source
 from core.data_limits import Limits
 from core.data_repeats import near_duplicates
@@ -133,6 +134,13 @@ def test_long_rows_are_told_by_the_limit_that_is_set(tiny_template: Any, file: W
         assert [entry.kind for entry in entries] == kinds
         assert lines(entries[0]) == ([62, 61] if too_long == "drop" else [62])
         assert tokens.lengths().at_limit(limits)["left_out"] == (2 if too_long == "drop" else 0)
+
+
+def test_a_prompt_over_its_own_limit_is_told_apart(tiny_template: Any, file: WriteFile) -> None:
+    ledger = Ledger.of([Source(survey(file([*SOUND, good("long " * 60, True)])))], "kto")
+    tokenize(ledger, tiny_template).enter(ledger, Limits("kto", 4000, 250))
+    entries = list(length_findings(Look(ledger, max_length=4000)))
+    assert [(entry.kind, lines(entry)) for entry in entries] == [("prompts too long", [61])]
 
 
 @pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="the shared data is not here")
