@@ -26,12 +26,13 @@ from tui.data_views import (
     order,
     row_head,
     row_words,
+    side_words,
     tally,
 )
 from tui.widgets import Words
 
 VIEWS = ("Rows", "Findings", "Lengths", "Contents")
-WIDE = 100
+WIDE, BESIDE, SIDE = 100, 110, 42
 ROWS, FINDINGS, LENGTHS, CONTENTS = range(4)
 
 
@@ -124,6 +125,7 @@ class DataRoom(VerticalScroll, can_focus=True):
 
     def compose(self) -> ComposeResult:
         yield Words(id="preview-head")
+        yield Words(id="preview-side")
         yield Words(id="preview-text")
 
     def on_resize(self) -> None:
@@ -303,6 +305,11 @@ class DataRoom(VerticalScroll, can_focus=True):
         if self.is_mounted:
             self.query_one("#preview-head", Words).say(self._head())
             self.query_one("#preview-text", Words).say(self._body())
+            here, side = self.here, self.query_one("#preview-side", Words)
+            side.display = self.view == ROWS and self.size.width >= BESIDE and bool(here.look)
+            if side.display:
+                words = side_words(here.look, here.count, here.findings, here.kept_limit, self.stage, SIDE)
+                side.say(words)
 
     def _head(self) -> Content:
         here = self.here

@@ -204,7 +204,7 @@ def histogram_lines(histogram: Reply, at: int, width: int, height: int) -> tuple
     step = edges[1] - edges[0]
     place, words = min(round(at / step * wide), len(counts) * wide), f"limit {at:,}"
     behind = place + len(words) + 2 < width
-    pointer = " " * place + f"▲ {words}" if behind else f"{words} ▲".rjust(place + 1)
+    pointer = " " * place + f"▲ {words}" if behind else f"{words} ▶".rjust(place + 1)
     return bars, [Content.styled(f" {''.join(marks).rstrip()}", MUTED), Content.styled(f" {pointer}", "$text-accent")]
 
 
@@ -302,6 +302,41 @@ def labels_words(look: Reply, stage: str, width: int) -> Content:
     if look["weights"]:
         bar.append("   weights {:g} and {:g}".format(*look["weights"]))
     return Content.assemble(*bar)
+
+
+# --- all at once, beside the rows ---
+
+
+def side_words(look: Reply, count: Reply, found: Sequence[Reply], limit: int, stage: str, width: int) -> Content:
+    """The other views in a column: how long the rows are, how their labels stand, what was found."""
+    lines: list[Content] = []
+    if count:
+        longest = count["shape"]["row_percentiles"]
+        lines.append(Content.assemble(("Tokens a row", "bold"), (f"  95 of 100 up to {longest.get('95', 0):,}", MUTED)))
+        bars, scale = histogram_lines(count["shape"]["rows"], limit, width - 2, 5)
+        lines += [*bars, *scale, Content("")]
+    if look:
+        labels = look["labels"]
+        if stage == "kto" and labels.get("true") and labels.get("false"):
+            lines += [Content.styled("Labels", "bold"), labels_words({**look, "weights": None}, stage, width - 24)]
+            lines += hanging("", "weights {:g} and {:g}".format(*look["weights"]), width, MUTED, MUTED)
+            lines.append(Content(""))
+        tools = look["content"]["tools"]
+        turns = list(look["content"]["turns"].items())
+        lines += [Content.styled("Contents", "bold")]
+        lines += [line for pattern, many in turns[:2] for line in hanging(f"{many:,} × ", pattern, width, MUTED, MUTED)]
+        if tools:
+            lines += hanging("", f"{len(tools)} tools called, most often {next(iter(tools))}", width, MUTED, MUTED)
+        lines.append(Content(""))
+    if look:
+        lines.append(Content.styled("Findings", "bold"))
+        for entry in found[:6]:
+            lines += hanging(f"{entry['mark']:<2} ", entry["text"], width, HUES[entry["weight"]])
+        if not found:
+            lines.append(Content.styled("✔ nothing to mend was found", "$text-success"))
+        if len(found) > 6:
+            lines.append(Content.styled(f"and {len(found) - 6} more", MUTED))
+    return Content("\n").join(lines)
 
 
 # --- a line for each stage ---
