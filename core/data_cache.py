@@ -49,11 +49,15 @@ def entry(key: str) -> Path | None:
     return folder
 
 
+class CacheUnwritable(FinetuiError):
+    """The cache cannot be written; what can do without it does."""
+
+
 @contextlib.contextmanager
 def building(key: str) -> Iterator[Path]:
     """A folder to fill, which becomes the entry `key` when the block ends without an exception.
 
-    Raises FinetuiError where the cache cannot be written. Another process may finish the same entry first: its is kept.
+    Raises CacheUnwritable where the cache cannot be written. Another process may finish the same entry first: its is kept.
     """
     root = data_cache()
     try:
@@ -74,8 +78,8 @@ def building(key: str) -> Iterator[Path]:
         tidy(keep=key)
 
 
-def _unwritable(root: Path, error: OSError) -> FinetuiError:
-    return FinetuiError(
+def _unwritable(root: Path, error: OSError) -> CacheUnwritable:
+    return CacheUnwritable(
         f"The cache {root} cannot be written: {error.strerror or error}.",
         "Free some space, or move the cache with FINETUI_CACHE.",
     )

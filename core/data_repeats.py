@@ -9,11 +9,12 @@ containment of documents", 1997). Rows that agree in one of eight bands of four 
 Ullman, "Mining of Massive Datasets", chapter 3): of pairs that are 90 % alike 99.9 % are looked at, 80 % alike 98 %.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from core.data_cache import building, entry, key_of
+from core.data_cache import CacheUnwritable, building, entry, key_of
 from core.data_files import BOM
 from core.data_pieces import ALONE_BYTES, Piece, pieces, row_of
 from core.data_pool import Workers, worker_count
@@ -194,7 +195,7 @@ def near_duplicates(
         return Repeats(numpy.fromfile(folder / GROUPS, "i8"))
     group = groups_of(signatures_of(survey, say, min(worker_count(), MOST_WORKERS) if workers is None else workers))
     if key:
-        with building(key) as fresh:
+        with contextlib.suppress(CacheUnwritable), building(key) as fresh:
             group.tofile(fresh / GROUPS)
     return Repeats(group)
 

@@ -4,6 +4,7 @@ A file of some size is cut into pieces that workers check side by side; the piec
 does not depend on method, model or limits: those are laid over it (`core.data_ledger`).
 """
 
+import contextlib
 import json
 import mmap
 import time
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.data_cache import building, content_key, entry, key_of, known_content
+from core.data_cache import CacheUnwritable, building, content_key, entry, key_of, known_content
 from core.data_pieces import ALONE_BYTES, COLUMNS, ROW_COLUMNS, check_piece, pieces
 from core.data_pool import Workers, worker_count
 from core.data_spool import Spool, spool
@@ -140,7 +141,7 @@ def survey(
     made = found.survey(path, source, content, mapping)
     if size > ALONE_BYTES:
         key = key_of("survey", source.spooled, content, mapping)
-        with building(key) as fresh:
+        with contextlib.suppress(CacheUnwritable), building(key) as fresh:
             save_survey(made, fresh)
         if folder := entry(key):  # mapped from the disk it takes memory that others may have
             return load_survey(folder, path, source)

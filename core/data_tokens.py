@@ -4,6 +4,7 @@ Tokens are kept before any length limit, so that a limit can be changed without 
 says all that the tokens follow from: the files' content and mapping, which conversations, tokenizer, template, method.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from core.chat import BATCH, Example, Template, Tokenised, refused_length, untrainable
 from core.data import Conversation
-from core.data_cache import building, data_cache, entry, key_of
+from core.data_cache import CacheUnwritable, building, data_cache, entry, key_of
 from core.data_ledger import Fitting, Ledger
 from core.data_limits import Lengths, Limits, over_limit
 from core.data_reader import Rows
@@ -210,9 +211,10 @@ def tokenize(ledger: Ledger, template: Template, step: Step | None = None) -> To
     key = tokens_key(ledger, which, template) if len(which) >= KEPT_FROM else ""
     folder = entry(key) if key else None
     if folder is None and key:
-        with building(key) as fresh:
-            _make(ledger, which, template, fresh, step)
-        folder = data_cache() / key
+        with contextlib.suppress(CacheUnwritable):  # then they stay in memory
+            with building(key) as fresh:
+                _make(ledger, which, template, fresh, step)
+            folder = data_cache() / key
     if folder:
         return Tokens(which, [load_shard(part) for part in sorted(folder.iterdir())])
     growing = Growing()

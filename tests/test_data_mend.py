@@ -208,8 +208,6 @@ def test_show_prints_a_row_as_the_model_sees_it(said: Callable[..., str], file: 
     shown = said("data", "show", path, "--method", "kto", "--line", "2", "--model-name", tiny_model)
     assert "line 2, labelled false" in shown and "<|im_start|>user" in shown and "KL partner" in shown
     assert "assistant" in shown and "trained (underlined)" in shown
-    found = json.loads(said("data", "show", path, "--method", "sft", "--model-name", tiny_model, "--json"))
-    assert len(found["input_ids"]) == len(found["labels"]) == found["tokens"]
     assert "·" in said("data", "show", path, "--method", "sft", "--model-name", tiny_model, "--ids")
 
 
@@ -219,5 +217,3 @@ def test_check_counts_tokens_where_a_model_is_named(
     path = file([good(f"{n} " * n) for n in range(1, 30)])
     shown = said("check", path, "--method", "sft", "--model-name", tiny_model, "--max-seq-length", "40")
     assert "tokens an epoch" in shown and "rows fit" in shown and "longer than 40 tokens and left out" in shown
-    found = json.loads(said("check", path, "--method", "sft", "--model-name", tiny_model, "--json"))
-    assert found["tokens"]["examples"] == 29 and found["tokens"]["exact"]

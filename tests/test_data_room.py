@@ -1,5 +1,6 @@
 """The data room of the wizard, driven by its keys: findings and their rows, the limit, contents, columns, the Hub."""
 
+import contextlib
 import csv
 import json
 from collections.abc import Callable
@@ -174,6 +175,15 @@ async def test_on_a_low_terminal_the_room_takes_the_lines_and_gives_them_back(
         assert room(app).size.height < height
 
 
+def children() -> list[str]:
+    """The command lines of this process's children and theirs."""
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            found.append(" ".join(child.cmdline()))
+    return found
+
+
 async def test_a_new_file_ends_the_look_at_the_old_one(
     tmp_path: Path, tiny_model: Path, rows_file: Callable[..., Path]
 ) -> None:
@@ -182,21 +192,10 @@ async def test_a_new_file_ends_the_look_at_the_old_one(
     app = WizardApp(draft_of("sft", tiny_model, big), tmp_path)
     async with app.run_test(size=(80, 24)) as pilot:
         await shows(pilot, "rows checked …")
-        before = psutil.Process().children(recursive=True)
-        assert any("core.data_look" in " ".join(child.cmdline()) for child in before if child.is_running())
+        assert any("core.data_look" in words for words in children())
         app.wizard.query_one("PathLine.file", Input).value = str(rows_file(ROWS))
         await shows(pilot, "✔ 30 rows")
-
-        def left() -> list[str]:
-            found = []
-            for child in psutil.Process().children(recursive=True):
-                try:
-                    found.append(" ".join(child.cmdline()))
-                except psutil.Error:
-                    continue
-            return [words for words in found if "data_worker" in words]
-
-        await until(pilot, lambda: not left())
+        await until(pilot, lambda: not any("data_worker" in words for words in children()))
 
 
 async def test_a_hub_set_is_looked_at_and_fetched_on_demand(

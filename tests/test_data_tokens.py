@@ -156,17 +156,15 @@ def test_rows_that_no_template_takes_leave_gaps_and_no_others(tiny_template: Tem
     assert [example.row.line for example in Examples(ledger, tokens, ledger.used)[1:3]] == [2, 3]
 
 
-def test_a_cache_that_cannot_be_written_is_one_sentence(
-    tiny_template: Template,
-    file: WriteFile,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
+def test_without_a_cache_tokens_stay_in_memory_and_what_needs_one_says_so(
+    tiny_template: Template, file: WriteFile, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(data_tokens, "KEPT_FROM", 1)
     (tmp_path / "taken").write_text("")
     monkeypatch.setenv("FINETUI_CACHE", str(tmp_path / "taken"))
+    assert len(flat(tokenize(ledger_of(file(many(3))), tiny_template))) == 3
     with pytest.raises(FinetuiError, match=r"The cache .* cannot be written") as caught:
-        tokenize(ledger_of(file(many(3))), tiny_template)
+        survey(file("prompt,completion\na,b\n", "rows.csv"))
     assert "FINETUI_CACHE" in caught.value.advice
 
 

@@ -64,6 +64,16 @@ class Shown:
         longest = self.count["shape"]["row_percentiles"].get("100", 100) if self.count else 100
         return round_up(max(longest / 40, 1))
 
+    def moved_limit(self, by: int) -> int:
+        """The limit a step on or back, five where `by` is more than one; back from far beyond at the longest row."""
+        step = self.step * (1 if abs(by) == 1 else 5)
+        longest = int(self.count["shape"]["row_percentiles"].get("100", self.kept_limit))
+        if by > 0:
+            most = max(-(-longest // step) * step, self.kept_limit)
+            return min((self.limit_at // step + 1) * step, most)
+        at = min(self.limit_at, longest + step)
+        return max((-(-at // step) - 1) * step, 8)
+
 
 class DataRoom(VerticalScroll, can_focus=True):
     """Rows, findings, lengths and contents of a stage; 1 to 4 choose, Space goes to the other stage."""
@@ -228,11 +238,7 @@ class DataRoom(VerticalScroll, can_focus=True):
     def action_move(self, by: int) -> None:
         here = self.here
         if self.view == LENGTHS and here.count:
-            step = here.step * (1 if abs(by) == 1 else 5) * (1 if by > 0 else -1)
-            longest = here.count["shape"]["row_percentiles"].get("100", here.kept_limit)
-            most = max(-(-longest // here.step) * here.step, here.kept_limit)
-            at = here.limit_at + step
-            here.limit_at = max(min(at // here.step * here.step if by < 0 or at > here.step else at, most), 8)
+            here.limit_at = here.moved_limit(by)
             self.post_message(self.LimitMoved(self.stage, here.limit_at))
             self.refresh_bindings()
         elif self.view == FINDINGS:
