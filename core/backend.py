@@ -35,6 +35,8 @@ def make_plan(
     for section in [*sections, found.plan.evaluate, found.plan.samples]:
         if section.file:
             section.file = str(Path(section.file).expanduser().absolute())
+        if getattr(section, "files", None):
+            section.files = {str(Path(name).expanduser().absolute()): value for name, value in section.files.items()}
     base = found.plan.export.base
     if base and Path(base).expanduser().is_dir():
         found.plan.export.base = str(Path(base).expanduser().absolute())

@@ -7,13 +7,15 @@ imports nothing heavy itself.
 """
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from core.data import Conversation
+from core.data_limits import TOO_LONG, UNTRAINED, Limits, over_limit
+from core.data_rows import TEXT_ROLE
 from core.errors import FinetuiError
 
 # Templates of families whose base models carry none; chosen by config.json's model_type and vocabulary size.
@@ -35,6 +37,8 @@ LLAMA2_TEMPLATE = _INST + (
     "{%- endif -%}{%- endfor -%}"
 )
 
+PLAIN: list[tuple[int, int]] = []
+"""The spans of a plain text: it is trained from its first token to its last."""
 PROBE = [{"role": "user", "content": "finetui-user"}, {"role": "assistant", "content": "finetui-answer"}]
 PROBE_CALL = {
     "role": "assistant",
@@ -47,12 +51,23 @@ class TemplateError(ValueError):
     """This conversation cannot be rendered or masked; the message is the reason."""
 
 
+BATCH = 200
+"""Rows tokenised in one call."""
+
+
 @dataclass(frozen=True)
 class Tokenised:
     """`input_ids` of the whole conversation and, of equal length, `trained`: True where the loss is taken."""
 
     input_ids: list[int]
     trained: list[bool]
+
+    @property
+    def measures(self) -> tuple[int, int, int, int]:
+        """Tokens, the places of the first and last one that is trained, and how many are targets of the loss."""
+        first = self.trained.index(True)
+        last = len(self.trained) - 1 - self.trained[::-1].index(True)
+        return len(self.input_ids), first, last, sum(self.trained) - (first == 0)
 
     @property
     def labels(self) -> list[int]:
@@ -109,15 +124,19 @@ class Template:
 
     def notices(self, rows: Iterable[Conversation]) -> list[str]:
         """What this template makes of `rows` other than they are, in sentences; empty where nothing."""
-        folded = called = 0
+        systems = called = 0
         for row in rows:
-            folded += not self.takes_system and any(message["role"] == "system" for message in row.messages)
-            called += not self.renders_tool_calls and any(message.get("tool_calls") for message in row.messages)
+            systems += any(message["role"] == "system" for message in row.messages)
+            called += any(message.get("tool_calls") for message in row.messages)
+        return self.changes(systems, called)
+
+    def changes(self, systems: int, called: int) -> list[str]:
+        """The same from counts: rows with a system turn, rows with tool calls apart from their text."""
         found = []
-        if folded:
+        if systems and not self.takes_system:
             where = "it goes before the text of the next user turn"
-            found.append(f"The template has no system turn: {where} ({folded} rows).")
-        if called:
+            found.append(f"The template has no system turn: {where} ({systems} rows).")
+        if called and not self.renders_tool_calls:
             how = "they are written as text, tool_call: NAME"
             found.append(f"The template renders no tool calls: {how} ({called} rows).")
         return found
@@ -144,11 +163,11 @@ class Template:
         return self._render(self.prepared(messages), tools, prompt=True)
 
     def _spans(self, messages: list[dict[str, Any]], tools: Any = None) -> tuple[str, list[tuple[int, int]]]:
-        """The rendered conversation and the character span of every assistant turn."""
+        """The rendered conversation and the character span of every assistant turn that is trained."""
         whole = self._render(messages, tools)
         spans = []
         for index, message in enumerate(messages):
-            if message["role"] != "assistant":
+            if message["role"] != "assistant" or message.get("weight") == 0:
                 continue
             before = self._render(messages[:index], tools, prompt=True)
             through = whole if index == len(messages) - 1 else self._render(messages[: index + 1], tools)
@@ -157,27 +176,100 @@ class Template:
             spans.append((len(before), len(through)))
         return whole, spans
 
+    def laid_out(
+        self, messages: list[dict[str, Any]], tools: Any = None, *, only_last: bool = False
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """The text that is tokenised and the character spans in it that are trained. Raises TemplateError.
+
+        Plain text stands as it is, ends with the tokenizer's end token and is trained as a whole.
+        """
+        if messages[0]["role"] == TEXT_ROLE:
+            text, end = messages[0]["content"], self.tokenizer.eos_token or ""
+            text = text if text.endswith(end) else text + end
+            return text, [(0, len(text))]
+        text, spans = self._spans(self.prepared(messages), tools)
+        if not only_last or not spans:
+            return text, spans
+        last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
+        if messages[last].get("weight") == 0:
+            return text, []
+        return text[: spans[-1][1]], spans[-1:]
+
+    def turns(self, messages: list[dict[str, Any]], tools: Any = None) -> list[tuple[str, int]]:
+        """(role, character at which it ends in the rendered text) of each turn, as far as the template tells.
+
+        Turns that the template does not render by themselves come with the one after them.
+        """
+        ready = self.prepared(messages)
+        whole = self._render(ready, tools)
+        found: list[tuple[str, int]] = []
+        for count in range(1, len(ready)):
+            try:
+                part = self._render(ready[:count], tools)
+            except TemplateError:
+                continue
+            if whole.startswith(part) and len(part) > (found[-1][1] if found else 0):
+                found.append((ready[count - 1]["role"], len(part)))
+        return [*found, (ready[-1]["role"], len(whole))]
+
     def tokenize(self, messages: list[dict[str, Any]], tools: Any = None, *, only_last: bool = False) -> Tokenised:
         """Render, tokenise and mark the assistant turns, or only the last one.
 
         A token is trained when it starts inside an assistant turn; what a template writes after the end-of-turn token
         (a newline, usually) is not. Raises TemplateError with the reason.
         """
-        text, spans = self._spans(self.prepared(messages), tools)
-        if only_last:
-            spans = spans[-1:]
-            text = text[: spans[-1][1]]
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+        found = self.tokenize_many([(messages, tools)], only_last=only_last)[0]
+        if isinstance(found, TemplateError):
+            raise found
+        return found
+
+    def tokenize_many(
+        self, conversations: Sequence[tuple[list[dict[str, Any]], Any]], *, only_last: bool = False
+    ) -> list[Tokenised | TemplateError]:
+        """The same for several conversations (messages, tools) at once; a TemplateError stands where one was raised."""
+        found: list[Tokenised | TemplateError] = []
+        laid: list[tuple[int, list[tuple[int, int]]]] = []
+        texts: list[str] = []
+        for number, (messages, tools) in enumerate(conversations):
+            try:
+                text, spans = self.laid_out(messages, tools, only_last=only_last)
+                plain = messages[0]["role"] == TEXT_ROLE
+                texts.append(text)
+                laid.append((number, spans if not plain else PLAIN))
+                found.append(Tokenised([], []))
+            except TemplateError as error:
+                found.append(error)
+        for plain in (False, True):
+            chosen = [index for index, (_, spans) in enumerate(laid) if (spans is PLAIN) is plain]
+            if not chosen:
+                continue
+            encoded = self._encode([texts[index] for index in chosen], special=plain)
+            for index, encoding in zip(chosen, encoded, strict=True):
+                number, spans = laid[index]
+                found[number] = (
+                    Tokenised(encoding.ids, [True] * len(encoding.ids))
+                    if plain
+                    else self._marked(encoding, texts[index], spans, only_last)
+                )
+        return found
+
+    def _encode(self, texts: list[str], *, special: bool) -> Any:
+        """The tokenizer's own encodings of texts: `special` adds what it puts around a text (a start token)."""
+        return self.tokenizer(
+            texts, add_special_tokens=special, padding=False, truncation=False, return_attention_mask=False,
+            return_token_type_ids=False,
+        ).encodings  # fmt: skip
+
+    def encode_one(self, text: str) -> Any:
+        """The tokenizer's own encoding of a rendered text."""
+        return self._encode([text], special=False)[0]
+
+    def _marked(self, encoding: Any, text: str, spans: list[tuple[int, int]], only_last: bool) -> Tokenised:
+        """The ids of a text and which of them start inside one of the spans."""
+        ids = encoding.ids
         trained = [False] * len(ids)
-        index = 0
         for first, end in spans:
-            while index < len(ids) and offsets[index][0] < first:
-                index += 1
-            stretch = []
-            while index < len(ids) and offsets[index][0] < end:
-                stretch.append(index)
-                index += 1
+            stretch = list(range(first_token(encoding, first, text), first_token(encoding, end, text)))
             for position in self._without_tail(ids, stretch):
                 trained[position] = True
         if only_last and any(trained):
@@ -195,6 +287,24 @@ class Template:
         return stretch[: ends[-1] + 1] if blank else stretch
 
 
+def first_token(encoding: Any, at: int, text: str) -> int:
+    """The first token that starts at character `at` or behind it; the number of tokens where none does.
+
+    Asks the encoding for single tokens: laying out the offsets of all costs more than tokenising.
+    """
+    covered = (encoding.char_to_token(place) for place in range(at, len(text)))
+    token = next((found for found in covered if found is not None), len(encoding.ids))
+    while token < len(encoding.ids) and _start(encoding, token) < at:
+        token += 1
+    while token and _start(encoding, token - 1) >= at:
+        token -= 1
+    return token
+
+
+def _start(encoding: Any, token: int) -> int:
+    return encoding.token_to_chars(token)[0]
+
+
 def _calls_as_text(message: dict[str, Any]) -> dict[str, Any]:
     """A message whose tool calls stand in its text as ``tool_call: NAME`` and ``arguments: {…}``."""
     calls = message.get("tool_calls")
@@ -206,7 +316,8 @@ def _calls_as_text(message: dict[str, Any]) -> dict[str, Any]:
         arguments = function["arguments"]
         text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
         parts.append(f"tool_call: {function['name']}\narguments: {text}")
-    return {"role": message["role"], "content": "\n\n".join(parts)}
+    rest = {key: value for key, value in message.items() if key != "tool_calls"}
+    return rest | {"content": "\n\n".join(parts)}
 
 
 def _folded_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -278,7 +389,7 @@ class Example:
 class TokenLedger:
     """What tokenising did to the rows: kept, cut and left out, each named by file and line."""
 
-    examples: list[Example] = field(default_factory=list)
+    examples: Sequence[Example] = field(default_factory=list)
     cut: list[tuple[Conversation, int]] = field(default_factory=list)
     left_out: list[tuple[Conversation, str]] = field(default_factory=list)
 
@@ -306,47 +417,58 @@ def tokenize_rows(
     `too_long`: ``drop`` leaves a long row out, ``cut`` keeps its end (KTO: the end of the prompt and the whole answer),
     ``refuse`` raises. Raises FinetuiError when nothing trainable is left.
     """
-    ledger = TokenLedger()
-    for number, row in enumerate(rows):
-        if progress and number % 200 == 0:
+    limits = Limits(method, max_length, max_prompt_length, too_long)
+    examples: list[Example] = []
+    ledger = TokenLedger(examples)
+    for number in range(0, len(rows), BATCH):
+        if progress:
             progress(number, len(rows))
-        try:
-            tokens = template.tokenize(row.messages, row.tools, only_last=method == "kto")
-        except TemplateError as error:
-            ledger.left_out.append((row, str(error)))
-            continue
-        if not any(tokens.trained[1:]):
-            ledger.left_out.append((row, "no trained token: the answer renders to nothing"))
-            continue
-        fitted = _fitted(tokens, method, max_length, max_prompt_length)
-        if len(fitted.input_ids) < len(tokens.input_ids):
-            length = len(tokens.input_ids)
-            if too_long == "refuse":
-                raise FinetuiError(
-                    f"{row.file}, line {row.line}: {length} tokens, over the limit of {max_length}.",
-                    "Raise max_length, or choose too_long: drop or cut.",
-                )
-            if too_long == "drop" or not any(fitted.trained[1:]):
-                ledger.left_out.append((row, "longer than the limit"))
-                continue
-            ledger.cut.append((row, length - len(fitted.input_ids)))
-        ledger.examples.append(Example(row, fitted))
-    if not ledger.examples:
-        reasons = sorted({reason for _, reason in ledger.left_out})[:2]
-        raise FinetuiError(
-            f"No row is left after tokenising: {'; '.join(reasons)} (limit {max_length} tokens).",
-            "Raise max_length, or choose too_long: cut." if "longer than the limit" in reasons else "Check the data.",
-        )
+        batch = rows[number : number + BATCH]
+        found = template.tokenize_many([(row.messages, row.tools) for row in batch], only_last=method == "kto")
+        for row, tokens in zip(batch, found, strict=True):
+            _take(ledger, examples, row, tokens, limits)
+    if not examples:
+        raise nothing_left({reason for _, reason in ledger.left_out}, limits)
     return ledger
 
 
-def _fitted(tokens: Tokenised, method: str, max_length: int, max_prompt_length: int | None) -> Tokenised:
-    """The end of `tokens` that the limits allow; empty where a KTO prompt would have to vanish altogether."""
-    ids, trained = tokens.input_ids, tokens.trained
-    over = max(len(ids) - max_length, 0)
-    if method == "kto":
-        prompt = trained.index(True)
-        over = max(over, prompt - (max_prompt_length or prompt))
-        if over >= prompt:
-            return Tokenised([], [])
-    return Tokenised(ids[over:], trained[over:]) if over else tokens
+def _take(
+    ledger: TokenLedger, examples: list[Example], row: Conversation, tokens: Tokenised | TemplateError, limits: Limits
+) -> None:
+    """Put one tokenised row where it belongs."""
+    problem = untrainable(tokens)
+    if problem or isinstance(tokens, TemplateError):
+        ledger.left_out.append((row, problem))
+        return
+    over, lost = over_limit(limits, *tokens.measures[:3])
+    if over > 0 and limits.too_long == "refuse":
+        raise refused_length(row.file, row.line, len(tokens.input_ids), limits)
+    if lost or (over > 0 and limits.too_long == "drop"):
+        ledger.left_out.append((row, TOO_LONG))
+        return
+    if over > 0:
+        ledger.cut.append((row, int(over)))
+        tokens = Tokenised(tokens.input_ids[over:], tokens.trained[over:])
+    examples.append(Example(row, tokens))
+
+
+def untrainable(tokens: Tokenised | TemplateError) -> str:
+    """Why nothing of a row can be trained; empty where something can."""
+    if isinstance(tokens, TemplateError):
+        return str(tokens)
+    return "" if any(tokens.trained[1:]) else UNTRAINED
+
+
+def refused_length(file: str, line: int, length: int, limits: Limits) -> FinetuiError:
+    return FinetuiError(
+        f"{file}, line {line}: {length} tokens, over the limit of {limits.max_length}.",
+        "Raise max_length, or choose too_long: drop or cut.",
+    )
+
+
+def nothing_left(reasons: Iterable[str], limits: Limits) -> FinetuiError:
+    named = sorted(reasons)[:2]
+    return FinetuiError(
+        f"No row is left after tokenising: {'; '.join(named)} (limit {limits.max_length} tokens).",
+        "Raise max_length, or choose too_long: cut." if TOO_LONG in named else "Check the data.",
+    )

@@ -1,5 +1,5 @@
 """The commands without the app: ``finetui sft|kto|sft-kto|demo``, ``runs|show|watch|stop|abort|resume|delete RUN``,
-``merge|gguf|upload RUN``, ``check``, ``doctor`` and ``plan``.
+``merge|gguf|upload RUN``, ``check``, ``data``, ``doctor``, ``fit`` and ``plan``.
 
 The flags of the training commands are made from the plan. This module owns standard error and exit codes: 0 done,
 1 the run failed, 2 bad usage, plan or data, 3 no device or no room, 4 an evaluation below what was asked of it,
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from core import __version__
+from core.data_cli import add_check, add_data
 from core.errors import FinetuiError
 from core.stages import EXPORT_STAGES, METHODS
 
@@ -28,6 +29,7 @@ ONE_STAGE_ONLY = {"--learning-rate": "learning_rate"}
 
 
 RESULT_COMMANDS = {"eval": "evaluate", "chat": "chat", "compare": "compare", "report": "report"}
+MAPPING_WORDS = {"--add-file": "FILE[=WEIGHT]", "--column": "PART=COLUMN"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -72,6 +74,8 @@ def add_plan_flags(parser: argparse.ArgumentParser, method: str | None) -> None:
             named |= {"action": argparse.BooleanOptionalAction}
         elif first.kind is list:
             named |= {"action": "append", "choices": first.choices or None}
+        elif first.kind is dict:
+            named |= {"action": "append", "metavar": MAPPING_WORDS.get(flag, "KEY=VALUE")}
         else:
             metavar = first.unit.upper().rstrip("S") or {int: "N", float: "X"}.get(first.kind, "TEXT")
             named |= {"choices": first.choices} if first.choices else {"metavar": metavar}
@@ -107,6 +111,8 @@ def settings_of(arguments: argparse.Namespace, method: str) -> dict[str, tuple[A
                 f"{flag} would give SFT and KTO the same value, and KTO needs a far gentler one.",
                 f"Use --set sft.{key}=… and --set kto.{key}=….",
             )
+        if targets[0].kind is dict:
+            value = mapping_of(flag, value)
         for target in targets:
             settings[target.path] = (value, f"flag {flag}")
     for text in arguments.set:
@@ -117,6 +123,23 @@ def settings_of(arguments: argparse.Namespace, method: str) -> dict[str, tuple[A
         reported = [reported] if isinstance(reported, str) else reported or []
         settings["tracking.report_to"] = (sorted({*reported, "wandb"}), "flag --wandb")
     return settings
+
+
+def mapping_of(flag: str, words: Sequence[str]) -> dict[str, Any]:
+    """``KEY=VALUE`` words as a mapping; a file may stand without its weight. Raises FinetuiError."""
+    found: dict[str, Any] = {}
+    for word in words:
+        key, separator, value = word.rpartition("=") if flag == "--add-file" else word.partition("=")
+        if flag == "--add-file":
+            try:
+                found[key or word] = float(value) if separator else 1.0
+            except ValueError:  # an equals sign in the name
+                found[word] = 1.0
+        elif not separator or not key:
+            raise FinetuiError(f"{flag} {word!r} has no '='.", f"Write {flag} prompt=question.")
+        else:
+            found[key] = value
+    return found
 
 
 def build_parser() -> Parser:
@@ -172,11 +195,8 @@ def build_parser() -> Parser:
     command = commands.add_parser("runs", help="the history")
     command.add_argument("--runs-dir", type=Path, metavar="DIR", help="folder of the runs")
     command.add_argument("--json", action="store_true", help="JSON instead of a table")
-    command = commands.add_parser("check", help="what a data file holds, and which rows would be left out")
-    command.add_argument("file", type=Path, metavar="FILE")
-    command.add_argument("--method", choices=("sft", "kto"), required=True)
-    command.add_argument("--include-undesirable", action="store_true", help="SFT: count rows labelled false as used")
-    command.add_argument("--json", action="store_true", help="JSON, with every row left out")
+    add_check(commands)
+    add_data(commands)
     command = commands.add_parser("doctor", help="what is installed, GPU, driver, disk, hub access, WSL2")
     command.add_argument("--json", action="store_true", help="JSON instead of a table")
     return parser
@@ -292,11 +312,15 @@ def open_app(*words: str) -> int:
 
 
 def _dispatch(arguments: argparse.Namespace) -> int:
-    from core import commands
-
     name = arguments.command
     if name is None:
         return open_app()
+    if name in ("check", "data"):
+        from core import data_commands
+
+        return int(getattr(data_commands, arguments.deed if name == "data" else "check")(arguments))
+    from core import commands
+
     if name in (*METHODS, "demo"):
         return commands.train(arguments, "sft-kto" if name == "demo" else name, demo=name == "demo")
     if name in EXPORT_STAGES:

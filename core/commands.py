@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from core.heldout import NO_PROMPTS, NO_PROMPTS_ADVICE, held_out, prompts_of
 from core.paths import configs_dir, runs_dir
 from core.plan import DataPlan, Plan, StagePlan
 from core.runs import Run, create_run, delete_run, find_run, list_runs, request_stop, summary
-from core.sources import data_files, model_folder, model_source
+from core.sources import model_folder, model_source
 from core.text import clean
 from core.tools import read_tools
 from core.watch import console, follow, runs_table, show_run
@@ -86,21 +87,21 @@ def preflight(plan: Plan) -> list[str]:
 
     Raises FinetuiError for what would fail later: no such file, broken rows, one label, no weights, no disk.
     """
-    from core.data import read_rows
+    from core.data_reader import Rows
+    from core.prepare import stage_ledger
 
     source = model_source(plan.model, lambda text: None, fetch=False)
     notices = []
     for stage in plan.training_stages:
         settings = plan.stage(stage)
-        if settings.data.dataset and not settings.data.file:
+        if settings.data.dataset and not (settings.data.file or settings.data.files):
             continue
-        for path in data_files(settings.data, stage, lambda text: None):
-            rows = read_rows(path, stage, include_undesirable=settings.data.include_undesirable,
-                             max_rows=settings.data.max_rows)  # fmt: skip
-            _refuse_hopeless_limit(stage, settings, rows.used, source.base)
-            if rows.left_out:
-                reasons = "; ".join(f"{count} × {reason}" for reason, count in rows.reasons().most_common(3))
-                notices.append(f"{stage.upper()}: {len(rows.left_out)} of {rows.total} rows are left out: {reasons}")
+        ledger = stage_ledger(settings, stage, lambda text: None)
+        _refuse_hopeless_limit(stage, settings, Rows(ledger).each(ledger.used), source.base)
+        totals = ledger.totals()
+        if totals["left_out"]:
+            reasons = "; ".join(f"{count} × {reason}" for reason, count in list(totals["reasons"].items())[:3])
+            notices.append(f"{stage.upper()}: {totals['left_out']} of {totals['rows']} rows are left out: {reasons}")
     if plan.method == "kto" and not source.adapter and not plan.model.name.startswith("run:"):
         notices.append("KTO alone from a model that was not fine-tuned here: SFT first usually works better.")
     if plan.export.stages:
@@ -126,7 +127,7 @@ def _preflight_evaluation(plan: Plan) -> list[str]:
     return []
 
 
-def _refuse_hopeless_limit(name: str, stage: StagePlan, rows: list[Conversation], model: str) -> None:
+def _refuse_hopeless_limit(name: str, stage: StagePlan, rows: Iterable[Conversation], model: str) -> None:
     """Refuse a length limit under which no row can fit, where the tokenizer is here: the text alone is too long.
 
     The template adds to it, so this never refuses what training would take. Raises FinetuiError.
@@ -246,7 +247,7 @@ def fit(arguments: argparse.Namespace) -> int:
 
 
 def _has_rows(data: DataPlan) -> bool:
-    return bool(data.file or data.dataset or data.demo)
+    return bool(data.file or data.files or data.dataset or data.demo)
 
 
 def runs(arguments: argparse.Namespace) -> int:
@@ -339,41 +340,6 @@ def delete(arguments: argparse.Namespace) -> int:
             return 0
     delete_run(run)
     print(f"{run.name} is deleted.")
-    return 0
-
-
-def check(arguments: argparse.Namespace) -> int:
-    """``finetui check FILE --method sft|kto``"""
-    from core.data import class_weights, read_rows
-
-    rows = read_rows(arguments.file, arguments.method, include_undesirable=arguments.include_undesirable)
-    labels = {str(label).lower(): count for label, count in rows.labels.items()}
-    if arguments.json:
-        print_json({
-            "file": rows.file, "rows": rows.total, "used": len(rows.used), "labels": labels,
-            "left_out": [vars(entry) for entry in rows.left_out], "repaired": [vars(entry) for entry in rows.repaired],
-        })  # fmt: skip
-        return 0
-    out = console()
-
-    def say(text: str, style: str = "") -> None:
-        out.print(clean(text), markup=False, highlight=False, style=style)
-
-    say(f"{rows.file}: {rows.total} rows, {len(rows.used)} examples for {arguments.method.upper()}")
-    if set(labels) != {"none"}:
-        say(f"labels: {', '.join(f'{count} {label}' for label, count in sorted(labels.items()))}")
-    if arguments.method == "kto":
-        desirable, undesirable = class_weights(rows.labels[True], rows.labels[False])
-        say(f"weights: desirable {desirable:g}, undesirable {undesirable:g}")
-    for what, entries in (("left out", rows.left_out), ("repaired", rows.repaired)):
-        by_reason: dict[str, list[int]] = {}
-        for entry in entries:
-            by_reason.setdefault(entry.reason, []).append(entry.line)
-        for reason, lines in sorted(by_reason.items(), key=lambda item: -len(item[1])):
-            shown = ", ".join(str(line) for line in lines[:8]) + (" …" if len(lines) > 8 else "")
-            say(f"{what}: {len(lines)} × {reason} (line {shown})", "yellow")
-    say("Nothing is left out." if not rows.left_out else f"Every line: finetui check {arguments.file} "
-        f"--method {arguments.method} --json")  # fmt: skip
     return 0
 
 

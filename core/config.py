@@ -23,7 +23,8 @@ from core.text import clean
 
 OPTIONS: dict[str, Option] = {option.path: option for option in options()}
 SECTIONS = {path.rsplit(".", depth)[0] for path in OPTIONS for depth in range(1, path.count(".") + 1)}
-EXTRA = tuple(f"{stage}.extra." for stage in TRAINING_STAGES)
+MAPPINGS = tuple(f"{path}." for path, option in OPTIONS.items() if option.kind is dict)
+"""Starts of the paths whose last part is the person's own word: ``sft.extra.``, ``sft.data.columns.`` …"""
 MAX_PLAN_BYTES = 1_000_000
 
 
@@ -124,9 +125,9 @@ def _check_keys(node: yaml.MappingNode, prefix: str, file: Path) -> None:
                 _check_keys(value_node, f"{path}.", file)
             elif value_node.value != "auto" and value_node.tag != "tag:yaml.org,2002:null":
                 raise FinetuiError(f"{file}, line {line}: {path} needs keys below it.", f"{path} is a section.")
-        elif path not in OPTIONS and not path.startswith(EXTRA):
+        elif path not in OPTIONS and not path.startswith(MAPPINGS):
             raise unknown_key(path, f"{file}, line {line}: ")
-        elif isinstance(value_node, yaml.MappingNode) and f"{path}.".startswith(EXTRA):
+        elif isinstance(value_node, yaml.MappingNode) and f"{path}.".startswith(MAPPINGS):
             _check_keys(value_node, f"{path}.", file)
 
 
@@ -170,7 +171,7 @@ def parse_setting(text: str) -> tuple[str, Any]:
     path = path.strip()
     if not separator:
         raise FinetuiError(f"--set {text!r} has no '='.", "Write --set key=value, for example --set sft.seed=7.")
-    if path not in OPTIONS and not path.startswith(EXTRA):
+    if path not in OPTIONS and not path.startswith(MAPPINGS):
         raise unknown_key(path, "--set: ")
     try:
         return path, yaml.safe_load(value)
@@ -229,14 +230,13 @@ def resolve(
     if "kto.values" in settings:
         lay(original, "the original's values")
     for path, (value, source) in settings.items():
-        if path.startswith(EXTRA):
-            stage, _, key = path.split(".", 2)
-            merged = {**(values.get(f"{stage}.extra") or {}), key: value}
-            lay({f"{stage}.extra": merged}, source)
+        if mapping := next((start for start in MAPPINGS if path.startswith(start)), ""):
+            whole, key = mapping[:-1], path.removeprefix(mapping)
+            lay({whole: {**(values.get(whole) or {}), key: value}}, source)
         else:
             lay({path: value}, source)
     flags = {path: value for path, (value, _) in settings.items()}
-    for path, off in _other_sources([flags, from_file]).items():
+    for path, off in other_sources([flags, from_file]).items():
         if values.get(path):
             lay({path: off}, "own data given" if path.endswith(".demo") else "another source given")
     stages = str(values["method"]).split("-")
@@ -245,15 +245,20 @@ def resolve(
     return Resolved(check(values, sources), sources)
 
 
-def _other_sources(layers: list[dict[str, Any]]) -> dict[str, Any]:
-    """What switches off every source of rows but the one named: own rows win over the demo's, a layer over the next."""
+def other_sources(layers: list[dict[str, Any]]) -> dict[str, Any]:
+    """What switches off every source of rows but the one named: own rows win over the demo's, a layer over the next.
+
+    `files` go together with a `file`, and are added to the one that a lower layer names.
+    """
     off: dict[str, Any] = {}
     for stage in TRAINING_STAGES:
-        own, demo = (f"{stage}.data.file", f"{stage}.data.dataset"), f"{stage}.data.demo"
+        file, files, dataset, demo = (f"{stage}.data.{name}" for name in ("file", "files", "dataset", "demo"))
+        none: dict[str, Any] = {file: None, files: {}, dataset: None, demo: False}
         for layer in layers:
-            chosen = [path for path in own if layer.get(path)] or ([demo] if layer.get(demo) else [])
+            chosen = [path for path in (file, files, dataset) if layer.get(path)] or ([demo] if layer.get(demo) else [])
             if chosen:
-                off |= {path: False if path == demo else None for path in (*own, demo) if path not in chosen}
+                kept = {*chosen, *([file] if chosen == [files] else [])}
+                off |= {path: value for path, value in none.items() if path not in kept}
                 break
     return off
 

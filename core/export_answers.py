@@ -13,13 +13,16 @@ from transformers import AutoModelForCausalLM
 
 from core.artefacts import Trained
 from core.chat import Template
-from core.data import Conversation, holdout_split, read_rows
+from core.data import Conversation, read_rows
+from core.data_reader import Rows
 from core.errors import FinetuiError
 from core.plan import Plan
-from core.sources import ModelSource, data_files, demo_files
+from core.prepare import stage_ledger
+from core.sources import ModelSource, demo_files
 from core.train_model import load_base
 
 LONGEST_PROMPT = 1024
+ROWS_LOOKED_AT = 2000
 FIXED_PROMPTS = ("What is 12345 + 678?", "Name three colours.", "Write one sentence about the sea.")
 # Where words are cut is where converters go wrong: digits, code, accents; and, less often met, odd spaces and scripts.
 PROBES = (
@@ -90,9 +93,10 @@ def _rows(plan: Plan, notify: Callable[[str], None]) -> list[Conversation]:
         elif settings.data.demo:
             rows = read_rows(demo_files()["evaluate"], "sft").used
         else:
-            used = [row for path in data_files(settings.data, stage, notify) for row in read_rows(path, stage).used]
-            kept, held_out = holdout_split(used, settings.data.holdout, settings.seed)
-            rows = [row for row in held_out or kept if row.label is not False]
+            ledger = stage_ledger(settings, stage, notify)
+            held_out = ledger.evaluation()
+            chosen = held_out if len(held_out) else ledger.training()[:ROWS_LOOKED_AT]
+            rows = [row for row in Rows(ledger).each(chosen) if row.label is not False and row.prompt]
     except FinetuiError as error:
         notify(f"the rows cannot be read, fixed prompts are asked: {error.message}")
         return []

@@ -4,7 +4,6 @@ No torch. A chain holds out rows in every stage, and each stage leaves out rows 
 is what no stage has trained on.
 """
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -12,11 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from core.data import Conversation, RowError, conversations_of, drawn, holdout_split, raw_rows, read_rows
+from core.data import conversations_of, drawn, raw_rows
+from core.data_facts import prompt_key_of
+from core.data_reader import Rows
+from core.data_rows import RowError
 from core.errors import FinetuiError
 from core.paths import runs_dir
 from core.plan import Plan
-from core.sources import Notify, data_files, demo_files
+from core.prepare import stage_ledger
+from core.sources import Notify, demo_files
 from core.tools import Tool, read_tools, tools_of
 
 DRAW_SEED = 0
@@ -36,9 +39,9 @@ class Prompt:
     tools: list[dict[str, Any]] | None = None
 
     @property
-    def key(self) -> str:
+    def key(self) -> int:
         """As `Conversation.prompt_key`: equal for equal prompts."""
-        return hashlib.sha256(json.dumps(self.messages, sort_keys=True).encode()).hexdigest()
+        return prompt_key_of([*self.messages, {"role": "assistant", "content": ""}])
 
     @property
     def schemas(self) -> dict[str, Tool]:
@@ -99,8 +102,8 @@ def _drawn(prompts: list[Prompt], count: int) -> list[Prompt]:
 
 def prompts_of(path: Path) -> HeldOut:
     """The rows of a file; one without an answer is a prompt for which nothing is expected. Raises FinetuiError."""
-    good: dict[str, Prompt] = {}
-    bad: dict[str, dict[str, Any]] = {}
+    good: dict[int, Prompt] = {}
+    bad: dict[int, dict[str, Any]] = {}
     reasons: Counter[str] = Counter()
     for line, row in raw_rows(path):
         try:
@@ -163,12 +166,13 @@ def _with_bad(prompt: Prompt, bad: dict[str, Any] | None) -> Prompt:
 def _of_split(plan: Plan, notify: Notify) -> HeldOut:
     """What the last stage holds out and no stage trains on."""
     stage = plan.training_stages[-1]
-    rows = _split(plan, stage, notify)[1]
+    ledger = stage_ledger(plan.stage(stage), stage, notify)
+    rows = list(Rows(ledger).each(ledger.evaluation()))
     if not rows:
         raise FinetuiError(NO_PROMPTS, NO_PROMPTS_ADVICE)
     seen = trained_prompts(plan, notify)
     bad = {row.prompt_key: row.messages[row.last_assistant] for row in rows if row.label is False}
-    good = {row.prompt_key: row for row in rows if row.label is not False}
+    good = {row.prompt_key: row for row in rows if row.label is not False and row.prompt}
     fresh = {key: row for key, row in good.items() if key not in seen}
     notes = []
     if only_bad := len(bad.keys() - good.keys()):
@@ -190,25 +194,12 @@ def _of_split(plan: Plan, notify: Notify) -> HeldOut:
     return HeldOut(f"held out from {', '.join(names[:3])}", prompts, notes)
 
 
-def _split(plan: Plan, stage: str, notify: Notify) -> tuple[list[Conversation], list[Conversation]]:
-    """The rows a stage trains on and those it holds out, as `prepare` splits them."""
-    settings = plan.stage(stage)
-    data = settings.data
-    used = [
-        row
-        for path in data_files(data, stage, notify)
-        for row in read_rows(
-            path, stage, include_undesirable=data.include_undesirable, max_rows=data.max_rows
-        ).used
-    ]  # fmt: skip
-    return holdout_split(used, data.holdout, settings.seed)
-
-
-def trained_prompts(plan: Plan, notify: Notify, depth: int = 5) -> set[str]:
+def trained_prompts(plan: Plan, notify: Notify, depth: int = 5) -> set[int]:
     """The keys of every prompt that a stage of this run, or the run it started from, has trained on."""
-    seen: set[str] = set()
+    seen: set[int] = set()
     for stage in plan.training_stages:
-        seen |= {row.prompt_key for row in _split(plan, stage, notify)[0]}
+        ledger = stage_ledger(plan.stage(stage), stage, notify)
+        seen |= set(ledger.prompt_keys[ledger.training()].tolist())
     earlier = plan.model.name.removeprefix("run:")
     if earlier != plan.model.name and depth:
         from core.runs import find_run

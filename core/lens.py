@@ -45,13 +45,18 @@ class Lens:
         """The child's process id; None before the first question and after the end."""
         return self._child.pid if self._child else None
 
-    def show(self, slot: str, key: str, plan: Plan, stage: str, at: int) -> None:
-        """Ask for usable row `at` (from 0) of a stage, as it will be trained."""
-        self._want(slot, {"do": "show", "key": key, "plan": plan.model_dump(mode="json"), "stage": stage, "at": at})
+    def show(self, slot: str, key: str, plan: Plan, stage: str, at: int, *, ids: bool = False) -> None:
+        """Ask for usable row `at` (from 0) of a stage, as it will be trained; with `ids` token by token."""
+        request = {"do": "show", "key": key, "plan": plan.model_dump(mode="json"), "stage": stage, "at": at, "ids": ids}
+        self.ask(slot, request)
 
     def count(self, slot: str, key: str, plan: Plan, stage: str) -> None:
         """Ask for the examples and tokens of a stage; of many rows an even sample is tokenised."""
-        self._want(slot, {"do": "count", "key": key, "plan": plan.model_dump(mode="json"), "stage": stage})
+        self.ask(slot, {"do": "count", "key": key, "plan": plan.model_dump(mode="json"), "stage": stage})
+
+    def limit(self, slot: str, key: str, plan: Plan, stage: str, at: int) -> None:
+        """Ask what a limit of `at` tokens would do to a stage's rows."""
+        self.ask(slot, {"do": "limit", "key": key, "plan": plan.model_dump(mode="json"), "stage": stage, "at": at})
 
     def close(self) -> None:
         """End the child and the thread."""
@@ -61,7 +66,8 @@ class Lens:
             self._change.notify_all()
             self._end_child()
 
-    def _want(self, slot: str, request: Reply) -> None:
+    def ask(self, slot: str, request: Reply) -> None:
+        """Ask anything that the child understands: what it is told by `core.train_lens`."""
         with self._change:
             if self._closed:
                 return
@@ -130,6 +136,101 @@ class Lens:
         if self._errors:
             self._errors.close()
             self._errors = None
+
+
+class Looks:
+    """Looks into the rows of stages, each in a child (`core.data_look`): a new one ends the one before it at once.
+
+    `heard` is called in a thread with slot, key as asked and message: ``progress``, ``report``, ``hub``, ``notice``, or
+    ``error`` and ``advice``. Nothing is heard of a look that was ended.
+    """
+
+    def __init__(self, heard: Callable[[str, str, Reply], object]) -> None:
+        self._heard = heard
+        self._children: dict[str, subprocess.Popen[bytes]] = {}
+        self._asked: dict[str, Reply] = {}
+        self._change = threading.Lock()
+        self._closed = False
+
+    def look(self, slot: str, key: str, request: Reply) -> None:
+        """Look at what `request` (see core.data_look.Request) names."""
+        with self._change:
+            self._end(slot)
+            self._asked[slot] = request
+        threading.Thread(target=self._look, args=(slot, key, request), name="look", daemon=True).start()
+
+    def _start(self, slot: str, request: Reply) -> "subprocess.Popen[bytes] | None":
+        """A child for the slot; None where it is not wanted any more. Raises OSError."""
+        with self._change:
+            if self._closed or self._asked.get(slot) is not request:
+                return None
+            child = subprocess.Popen(
+                [sys.executable, "-P", "-m", "core.data_look"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL, cwd=tempfile.gettempdir(), env={**CHILD_ENV, **os.environ},
+            )  # fmt: skip
+            self._children[slot] = child
+            return child
+
+    def end(self, slot: str) -> None:
+        with self._change:
+            self._end(slot)
+
+    def close(self) -> None:
+        """End every look."""
+        with self._change:
+            self._closed = True
+            for slot in list(self._children):
+                self._end(slot)
+
+    def _end(self, slot: str) -> None:
+        self._asked.pop(slot, None)
+        child = self._children.pop(slot, None)
+        if child:
+            child.kill()
+
+    def _look(self, slot: str, key: str, request: Reply) -> None:
+        try:
+            child = self._start(slot, request)
+        except OSError as error:
+            self._heard(slot, key, {"error": f"The rows cannot be looked at: {error.strerror}.", "advice": ""})
+            return
+        if child is None:
+            return
+        told = False
+        with contextlib.suppress(OSError, ValueError):
+            assert child.stdin and child.stdout
+            child.stdin.write(json.dumps(request).encode() + b"\n")
+            child.stdin.close()
+            for line in child.stdout:
+                message = json.loads(line)
+                told = told or "progress" not in message
+                if self._children.get(slot) is child:
+                    self._heard(slot, key, message)
+        child.wait()
+        if child.stdout:
+            child.stdout.close()
+        if not told and self._children.get(slot) is child:
+            self._heard(slot, key, {"error": "The process that reads the rows died.", "advice": "Try it once more."})
+
+
+def ask_once(request: Reply) -> Reply:
+    """Ask a lens of its own one question and wait for the answer. Raises FinetuiError with what it found wrong."""
+    found: list[Reply] = []
+    answered = threading.Event()
+
+    def take(slot: str, reply: Reply) -> None:
+        found.append(reply)
+        answered.set()
+
+    lens = Lens(take)
+    try:
+        lens.ask("once", {"key": "", **request})
+        answered.wait()
+    finally:
+        lens.close()
+    if "error" in found[0]:
+        raise FinetuiError(found[0]["error"], found[0]["advice"])
+    return found[0]
 
 
 class DryRun:

@@ -90,12 +90,24 @@ class LoraPlan(Section):
 
 
 class DataPlan(Section):
-    """Where the rows of a stage come from. Exactly one of `file`, `dataset` or `demo`."""
+    """Where the rows of a stage come from. Exactly one of `file` (with or without `files`), `dataset` or `demo`."""
 
-    file: str | None = option(None, "Local JSONL, JSON, CSV or Parquet file", flag="--local-file", common=True)
+    file: str | None = option(
+        None, "Local JSONL, JSON, CSV, Parquet or text file", flag="--local-file", common=True
+    )
+    files: dict[str, float] = option(
+        {}, "More files, each with its weight: 2 shows its rows twice an epoch, 0.5 every second one", flag="--add-file"
+    )
     dataset: str | None = option(None, "Data set on the Hub, OWNER/NAME", flag="--dataset-name", common=True)
+    dataset_config: str | None = option(None, "Configuration of the Hub data set", flag="--dataset-config")
     dataset_file: str | None = option(None, "File inside the Hub data set", flag="--dataset-file")
-    split: str = option("train", "Split of the Hub data set")
+    dataset_revision: str | None = option(
+        None, "Branch, tag or commit of the Hub data set", flag="--dataset-revision"
+    )
+    split: str = option("train", "Split of the Hub data set", flag="--dataset-split")
+    columns: dict[str, str] = option(
+        {}, "Which column is what, where it is not found out: prompt=question, completion=reply", flag="--column"
+    )
     demo: bool = option(False, "The demo's own rows, made on this machine")
     holdout: float = option(
         0.0, "Share of prompts kept for evaluation during training", flag="--split-dataset", common=True, ge=0, le=0.5
@@ -106,7 +118,28 @@ class DataPlan(Section):
     too_long: Literal["drop", "cut", "refuse"] = option(
         "drop", "Rows over max_length: leave out, cut from the left, or refuse to start", flag="--too-long"
     )
+    duplicates: Literal["keep", "drop"] = option(
+        "keep", "Rows that repeat an earlier one word for word", flag="--duplicates"
+    )
     max_rows: int | None = option(None, "Use only the first N usable rows", flag="--max-rows", ge=1)
+
+    @field_validator("files")
+    @classmethod
+    def weights_make_sense(cls, value: dict[str, float]) -> dict[str, float]:
+        for name, weight in value.items():
+            if not 0 < weight <= 100:
+                raise ValueError(f"the weight of {name} is {weight:g}, and must be above 0 and at most 100")
+        return value
+
+    @field_validator("columns")
+    @classmethod
+    def parts_are_known(cls, value: dict[str, str]) -> dict[str, str]:
+        from core.data_rows import COLUMNS
+
+        for part in value:
+            if part not in COLUMNS:
+                raise ValueError(f"{part!r} is nothing a column can be; there are {', '.join(COLUMNS)}")
+        return value
 
 
 class StagePlan(Section):

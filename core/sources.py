@@ -16,7 +16,6 @@ from core.plan import DataPlan, ModelPlan
 
 DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
 Notify = Callable[[str], None]
 
 
@@ -113,12 +112,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def data_files(data: DataPlan, stage: str, notify: Notify) -> list[Path]:
-    """The files of a stage's rows, fetched where they are on the Hub, made where they are the demo's.
+def data_sources(data: DataPlan, stage: str, notify: Notify) -> list[tuple[Path, float]]:
+    """The files of a stage's rows with the weight of each; fetched where they are on the Hub, made where the demo's.
 
     Raises FinetuiError when no source or more than one is named.
     """
-    named = [bool(data.file), bool(data.dataset), data.demo]
+    named = [bool(data.file or data.files), bool(data.dataset), data.demo]
     if sum(named) != 1:
         raise FinetuiError(
             f"{stage}: {'no' if not any(named) else 'more than one'} data source is named.",
@@ -126,10 +125,19 @@ def data_files(data: DataPlan, stage: str, notify: Notify) -> list[Path]:
         )
     if data.demo:
         files = demo_files()
-        return [files[stage]]
-    if data.file:
-        return [Path(data.file).expanduser().absolute()]
-    return _hub_files(data, notify)
+        return [(files[stage], 1.0)]
+    if data.dataset:
+        from core.data_hub import HubRows, fetch, here
+
+        wanted = HubRows.of(data)
+        return [(path, 1.0) for path in here(wanted) or fetch(wanted, notify)]
+    local = {**({data.file: 1.0} if data.file else {}), **data.files}
+    return [(Path(name).expanduser().absolute(), weight) for name, weight in local.items()]
+
+
+def data_files(data: DataPlan, stage: str, notify: Notify) -> list[Path]:
+    """The files of `data_sources` without their weights."""
+    return [path for path, _ in data_sources(data, stage, notify)]
 
 
 def demo_files() -> dict[str, Path]:
@@ -138,32 +146,6 @@ def demo_files() -> dict[str, Path]:
 
     files = write_demo_data(cache_dir() / "demo")
     return {"sft": files.sft, "kto": files.kto, "evaluate": files.heldout, "tuning": files.tuning, "tools": files.tools}
-
-
-def _hub_files(data: DataPlan, notify: Notify) -> list[Path]:
-    import huggingface_hub
-
-    repository = data.dataset or ""
-    try:
-        names = [data.dataset_file] if data.dataset_file else []
-        if not names:
-            listed = huggingface_hub.list_repo_files(repository, repo_type="dataset", token=hub_token())
-            found = [name for name in listed if name.lower().endswith(DATA_SUFFIXES)]
-            names = found if len(found) == 1 else [name for name in found if data.split in name]
-            if not names:
-                raise FinetuiError(
-                    f"{repository} has {len(found)} data files and none is named for the split {data.split!r}.",
-                    f"Choose one with --dataset-file: {', '.join(found[:5])}" if found else "It has no readable file.",
-                )
-        notify(f"fetching {', '.join(names[:3])} of {repository}")
-        fetched = [
-            huggingface_hub.hf_hub_download(repository, name, repo_type="dataset", token=hub_token()) for name in names
-        ]
-    except FinetuiError:
-        raise
-    except Exception as error:  # the hub client raises many kinds; each is "cannot be had" to the person
-        raise FinetuiError(f"The data set {repository} cannot be fetched: {hub_reason(error)}.", HUB_ADVICE) from error
-    return [Path(path) for path in fetched]
 
 
 HUB_ADVICE = "Check the name and the network; a private one needs HF_TOKEN in the environment."

@@ -16,10 +16,10 @@ from typing import Any
 if os.environ.get("FINETUI_BACKEND") == "unsloth":
     import unsloth  # noqa: F401  (must come before trl and transformers: it replaces their trainers)
 import torch
-from datasets import Dataset
 from trl import KTOConfig, SFTConfig
 
 from core.best import history_of, patience_is_over
+from core.data_ledger import LEDGER
 from core.errors import FinetuiError
 from core.fit import Arrangement, keep_arrangement, kept_arrangement, planned_arrangement, smaller_batches
 from core.lineage import file_hashes
@@ -30,6 +30,7 @@ from core.runs import Run, write_manifest
 from core.sources import ModelSource, model_source
 from core.train_arrange import PADDING_FREE_TOKENS, UNSLOTH_PADS, Fitting
 from core.train_best import BestCallback, take_best
+from core.train_data import kto_dataset, sft_dataset
 from core.train_events import EventCallback, Reporter, Stopped
 from core.train_fit import FitCallback, Refit, cap_memory, out_of_memory
 from core.train_kto import kto_trainer_class, sft_trainer_class
@@ -143,8 +144,10 @@ def _progress(reporter: Reporter) -> Any:
 
 
 def _store_report(folder: Path, data: StageData, hashes: dict[str, str]) -> None:
+    """The counts as data.json and every row's fate as ledger.jsonl."""
     from core.paths import writing_whole
 
+    data.ledger.save(folder / LEDGER)
     with writing_whole(folder / "data.json") as stream:
         json.dump({**data.report(), "sha256": hashes}, stream, indent=1, ensure_ascii=False)
 
@@ -231,8 +234,8 @@ def sft_trainer(plan: Plan, stage: SFTPlan, loaded: Loaded, data: StageData, fol
         model=loaded.model,
         processing_class=loaded.tokenizer,
         args=config,
-        train_dataset=sft_dataset(data.training, stage.max_length),
-        eval_dataset=sft_dataset(data.held_out, stage.max_length) if data.held_out else None,
+        train_dataset=sft_dataset(data.training.examples, stage.max_length),
+        eval_dataset=sft_dataset(data.held_out.examples, stage.max_length) if data.held_out else None,
         callbacks=[EventCallback(reporter, stage.save_total_limit)],
     )
 
@@ -240,8 +243,7 @@ def sft_trainer(plan: Plan, stage: SFTPlan, loaded: Loaded, data: StageData, fol
 def _padding_free(plan: Plan, stage: SFTPlan, loaded: Loaded, data: StageData, reporter: Reporter) -> bool:
     """Whether rows may stand end to end: where attention keeps them apart, and its mask does not grow too large."""
     implementation = getattr(loaded.model.config, "_attn_implementation", "sdpa")
-    lengths = sorted((len(example.tokens.input_ids) for example in data.training.examples), reverse=True)
-    widest = sum(lengths[: stage.batch_size])
+    widest = sum(sorted(data.training.examples.lengths.tolist())[-stage.batch_size :])
     flash = "flash" in implementation
     if stage.padding_free != "auto":
         if stage.padding_free == "on" and not (flash or implementation == "sdpa"):
@@ -256,18 +258,6 @@ def _padding_free(plan: Plan, stage: SFTPlan, loaded: Loaded, data: StageData, r
         return True
     reporter.notice(f"Batches are padded: {implementation} attention over {widest} tokens end to end would cost more.")
     return False
-
-
-def sft_dataset(ledger: Any, max_length: int) -> Dataset:
-    """Columns input_ids and labels, one row an example."""
-    dataset = Dataset.from_dict(
-        {
-            "input_ids": [example.tokens.input_ids for example in ledger.examples],
-            "labels": [example.tokens.labels for example in ledger.examples],
-        }
-    )
-    dataset._unsloth_truncated_to = max_length  # without this promise Unsloth pads rows that are tokenised already
-    return dataset
 
 
 def kto_trainer(plan: Plan, stage: KTOPlan, loaded: Loaded, data: StageData, folder: Path, reporter: Reporter) -> Any:
@@ -291,21 +281,9 @@ def kto_trainer(plan: Plan, stage: KTOPlan, loaded: Loaded, data: StageData, fol
         model=loaded.model,
         processing_class=loaded.tokenizer,
         args=config,
-        train_dataset=kto_dataset(data.training),
-        eval_dataset=kto_dataset(data.held_out) if data.held_out else None,
+        train_dataset=kto_dataset(data.training.examples),
+        eval_dataset=kto_dataset(data.held_out.examples) if data.held_out else None,
         callbacks=[EventCallback(reporter, stage.save_total_limit)],
-    )
-
-
-def kto_dataset(ledger: Any) -> Dataset:
-    """Columns prompt_ids, completion_ids, label and prompt_key, one row an example."""
-    return Dataset.from_dict(
-        {
-            "prompt_ids": [example.prompt_ids for example in ledger.examples],
-            "completion_ids": [example.completion_ids for example in ledger.examples],
-            "label": [bool(example.row.label) for example in ledger.examples],
-            "prompt_key": [example.row.prompt_key for example in ledger.examples],
-        }
     )
 
 

@@ -63,9 +63,9 @@ class Fitting:
 
     @property
     def lengths(self) -> Lengths:
-        held = self.data.held_out.examples if self.data.held_out else []
+        held = self.data.held_out.examples if self.data.held_out else None
         training = self.data.training.examples
-        return Lengths.of(*((len(one.tokens.input_ids) for one in examples) for examples in (training, held)))
+        return Lengths.of(training.lengths.tolist(), held.lengths.tolist() if held else [])
 
     @property
     def padded(self) -> bool:
@@ -85,13 +85,13 @@ class Fitting:
         For SFT from shuffles like the run's (whose own is drawn when it begins), for KTO from the batches themselves.
         """
         stage, examples = self.plan.stage(self.name), self.data.training.examples
-        lengths = [len(example.tokens.input_ids) for example in examples]
+        lengths = examples.lengths.tolist()
         steps = stage.max_steps * stage.effective_batch / len(lengths)
         passes = steps if stage.max_steps > 0 else stage.num_train_epochs
         most = 0
         for epoch in range(max(1, min(4, math.ceil(passes)))):
             if isinstance(stage, KTOPlan):
-                labels, prompts = ([bool(e.row.label) for e in examples], [e.row.prompt_key for e in examples])
+                labels, prompts = examples.labels.tolist(), examples.prompt_keys.tolist()
                 parts = stage.effective_batch // size
                 batches = kto_batches(
                     labels, prompts, stage.effective_batch, stage.seed, epoch, lengths=lengths, parts=parts

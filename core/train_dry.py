@@ -14,12 +14,11 @@ from typing import Any
 if os.environ.get("FINETUI_BACKEND") == "unsloth" and sys.argv[2:] == ["load"]:
     import unsloth  # noqa: F401  (must come before transformers: it replaces parts of it)
 
-from core.chat import TokenLedger
 from core.config import load_plan
 from core.errors import FinetuiError
 from core.memory import KEPT_LENGTHS
 from core.plan import KTOPlan, Plan
-from core.prepare import kto_weights, planned_steps, prepare
+from core.prepare import Part, kto_weights, planned_steps, prepare
 from core.sources import ModelSource, hub_token, model_source
 from core.train import checked_extra
 from core.train_model import load_model, load_tokenizer
@@ -82,9 +81,9 @@ def dry_run(plan: Plan, *, load: bool) -> dict[str, Any]:
     return {"text": text, "stages": stages}
 
 
-def _longest(ledger: TokenLedger | None) -> list[int]:
+def _longest(part: Part | None) -> list[int]:
     """Tokens of the longest rows, longest first."""
-    lengths = [len(example.tokens.input_ids) for example in ledger.examples] if ledger else []
+    lengths = part.examples.lengths.tolist() if part else []
     return sorted(lengths, reverse=True)[:KEPT_LENGTHS]
 
 

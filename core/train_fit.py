@@ -23,6 +23,7 @@ from core.errors import FinetuiError
 from core.fit import Arrangement, smaller_batches
 from core.memory import GIB, LEFT_FREE, Estimate, optimiser_bytes
 from core.plan import Plan, StagePlan
+from core.train_data import row_lengths
 from core.train_events import Reporter
 
 MARGIN = 0.03
@@ -251,9 +252,3 @@ def largest_batch(loader: Any, dataset: Any, size: int, *, padded: bool, passes:
     if hasattr(loader, "set_epoch"):
         loader.set_epoch(0)
     return loader.collate_fn([dataset[row] for row in most])
-
-
-def row_lengths(dataset: Any) -> list[int]:
-    """Tokens of each row."""
-    columns = [name for name in ("input_ids", "prompt_ids", "completion_ids") if name in dataset.column_names]
-    return [sum(len(ids) for ids in row) for row in zip(*(dataset[name] for name in columns), strict=True)]

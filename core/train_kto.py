@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from core.batches import kto_batches
 from core.plan import KTOPlan, StagePlan
+from core.train_data import row_lengths
 from core.train_model import load_adapter_weights
 
 
@@ -47,8 +48,7 @@ class KTOBatches(torch.utils.data.Sampler[list[int]]):
 
     def __init__(self, dataset: Any, batch_size: int, seed: int, *, parts: int = 1, shuffle: bool) -> None:
         self.labels, self.prompts = dataset["label"][:], dataset["prompt_key"][:]
-        pairs = zip(dataset["prompt_ids"], dataset["completion_ids"], strict=True)
-        self.lengths = [len(prompt) + len(completion) for prompt, completion in pairs]
+        self.lengths = row_lengths(dataset)
         self.batch_size, self.parts, self.seed, self.shuffle = batch_size, parts, seed, shuffle
         self.drop_last = False
         self.epoch = 0

@@ -5,27 +5,37 @@ limits are those of training: the same functions are called.
 """
 
 import contextlib
+import copy
 import json
 import logging
 import os
 import sys
-from collections import Counter
-from itertools import groupby
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from core.chat import Template, TemplateError, Tokenised, tokenize_rows
-from core.data import Conversation, Rows, holdout_split, read_rows
+from core.batches import kto_batches
+from core.chat import Template, TemplateError, Tokenised, nothing_left, tokenize_rows
+from core.data import Conversation
+from core.data_cache import entry
+from core.data_finding import Look
+from core.data_findings import length_findings
+from core.data_ledger import Ledger
+from core.data_limits import Limits
+from core.data_reader import Rows
+from core.data_shape import token_shape
+from core.data_tokens import KEPT_FROM, Growing, Tokens, fill, tokenize, tokens_key
 from core.errors import FinetuiError
 from core.memory import KEPT_LENGTHS
-from core.plan import KTOPlan, Plan, StagePlan
-from core.sources import DEMO_MODEL, data_files, model_source
+from core.plan import Plan, StagePlan
+from core.prepare import changes, stage_ledger
+from core.sources import DEMO_MODEL, data_sources, model_source
 from core.train_model import load_tokenizer
+from core.train_segments import segments, token_list, turn_list
 
 SAMPLE = 1000
-MAX_TOKENS_SHOWN = 8000
-MAX_CHARACTERS = 40_000
-Segment = tuple[str, bool, bool]
+EXACT = 4000
+"""Conversations up to which all are tokenised for a count; of more an even sample, unless the cache has them all."""
 
 
 def main() -> int:
@@ -45,24 +55,48 @@ def main() -> int:
     return 0
 
 
+@dataclass
+class Counted:
+    """The rows of a stage that were tokenised: all of them, or a sample that stands for `scale` times as many."""
+
+    ledger: Ledger
+    tokens: Tokens
+    scale: float
+    partners: dict[int, int] | None = None
+
+
 class Desk:
-    """The newest tokenizer and the newest rows of each stage, kept between questions."""
+    """The newest tokenizer, and the newest rows and counts of each stage, kept between questions."""
 
     def __init__(self) -> None:
         self._template: tuple[str, Template, str] | None = None
-        self._rows: dict[str, tuple[list[Any], list[Rows]]] = {}
+        self._ledgers: dict[str, tuple[list[Any], Ledger]] = {}
+        self._counted: dict[str, tuple[list[Any], Counted]] = {}
 
     def reply(self, request: dict[str, Any]) -> dict[str, Any]:
         plan = Plan.model_validate(request["plan"])
         template, origin = self.template(plan)
         name = request["stage"]
-        used = [row for rows in self.rows(plan, name) for row in rows.used]
+        stage = plan.stage(name)
+        ledger = self.ledger(stage, name)
         if request["do"] == "count":
-            return counted(template, plan.stage(name), name, used)
-        at = max(0, min(request["at"], len(used) - 1))
+            found = self.counted(stage, name, template, ledger, exact=bool(request.get("exact")))
+            return count_words(found, stage, name)
+        if request["do"] == "limit":
+            found = self.counted(stage, name, template, ledger)
+            return limit_words(found, Limits.of(stage, name), request["at"])
+        used = ledger.used
+        at = place_of(ledger, request["line"]) if "line" in request else request["at"]
+        at = max(0, min(at, len(used) - 1))
+        number = int(used[at])
+        row = Rows(ledger)[number]
+        reply = shown(template, Limits.of(stage, name), row, ids=bool(request.get("ids")))
+        if name == "kto":
+            reply["partner"] = self.partner(stage, name, template, ledger, number)
+        held = bool(ledger.held_out[number])
         return {
-            **shown(template, plan.stage(name), name, used[at]), "at": at, "of": len(used), "origin": origin,
-            "notices": template.notices(used),
+            **reply, "at": at, "of": len(used), "origin": origin, "notices": changes(template, ledger),
+            "held_out": held,
         }  # fmt: skip
 
     def template(self, plan: Plan) -> tuple[Template, str]:
@@ -81,26 +115,64 @@ class Desk:
             except FinetuiError as error:
                 raise missing if "cannot be had" in error.message else error from error
             self._template = key, template, origin
+            self._counted.clear()
         return self._template[1], self._template[2]
 
-    def rows(self, plan: Plan, name: str) -> list[Rows]:
-        data = plan.stage(name).data
+    def ledger(self, stage: StagePlan, name: str) -> Ledger:
+        data = stage.data
         try:
-            paths = data_files(data, name, lambda text: None)
+            paths = [path for path, _ in data_sources(data, name, lambda text: None)]
         except FinetuiError as error:
             if not data.dataset:
                 raise
             raise FinetuiError(
                 f"The data set {data.dataset} is not on this machine yet.", "It is fetched when the run starts."
             ) from error
-        key: list[Any] = [data.include_undesirable, data.max_rows, *(_stamp(path) for path in paths)]
-        if name not in self._rows or self._rows[name][0] != key:
-            found = [
-                read_rows(path, name, include_undesirable=data.include_undesirable, max_rows=data.max_rows)
-                for path in paths
-            ]
-            self._rows[name] = key, found
-        return self._rows[name][1]
+        key = [data.model_dump_json(), stage.seed, *(_stamp(path) for path in paths)]
+        if name not in self._ledgers or self._ledgers[name][0] != key:
+            self._ledgers[name] = key, stage_ledger(stage, name, lambda text: None)
+            self._counted.pop(name, None)
+        return self._ledgers[name][1]
+
+    def counted(
+        self, stage: StagePlan, name: str, template: Template, ledger: Ledger, *, exact: bool = False
+    ) -> Counted:
+        """The rows of a stage in tokens, before any limit; with `exact` all of them, however many."""
+        which = ledger.used
+        whole = exact or len(which) <= EXACT or (len(which) >= KEPT_FROM and entry(tokens_key(ledger, which, template)))
+        key = [id(ledger), bool(whole)]
+        if name not in self._counted or self._counted[name][0] != key:
+            if whole:
+                found = Counted(ledger, tokenize(ledger, template), 1.0)
+            else:
+                training = ledger.training()
+                sample = training[:: -(-len(training) // SAMPLE)]
+                growing = Growing()
+                fill(growing, ledger, sample, template, None)
+                shard = growing.close()
+                assert shard is not None
+                found = Counted(ledger, Tokens(sample, [shard]), len(training) / len(sample))
+            self._counted[name] = key, found
+        return self._counted[name][1]
+
+    def partner(
+        self, stage: StagePlan, name: str, template: Template, ledger: Ledger, number: int
+    ) -> dict[str, Any] | None:
+        """The row whose completion stands in for this one's in the KL term, in the first epoch. None while unknown."""
+        if len(ledger.used) > EXACT and name not in self._counted:
+            return None
+        found = self.counted(stage, name, template, ledger)
+        if found.scale != 1:
+            return None
+        if found.partners is None:
+            found.partners = partners_of(entered(found, Limits.of(stage, name)), stage)
+        if number not in found.partners:
+            return None
+        other = Rows(ledger)[found.partners[number]]
+        tokens = template.tokenize(other.messages, other.tools, only_last=True)
+        ids = [token for token, trained in zip(tokens.input_ids, tokens.trained, strict=True) if trained]
+        text = template.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return {"line": other.line, "file": other.file, "label": other.label, "text": text[:4000], "tokens": len(ids)}
 
 
 def _stamp(path: Path) -> tuple[str, int, int]:
@@ -111,81 +183,104 @@ def _stamp(path: Path) -> tuple[str, int, int]:
     return str(path), 0, 0
 
 
-def limits(stage: StagePlan) -> dict[str, Any]:
-    """The length limits of a stage as `tokenize_rows` takes them."""
-    found: dict[str, Any] = {"max_length": stage.max_length, "too_long": stage.data.too_long}
-    if isinstance(stage, KTOPlan):
-        found["max_prompt_length"] = stage.max_prompt_length
+def place_of(ledger: Ledger, place: list[Any]) -> int:
+    """Which of the usable conversations stands at (file, line), or comes next."""
+    import numpy
+
+    file, line = str(place[0]), int(place[1])
+    numbers = [number for number, source in enumerate(ledger.sources) if source.survey.file == file] or [0]
+    mine = ledger.file_of == numbers[0]
+    lines = numpy.concatenate([source.survey["line"][source.survey["row"]] for source in ledger.sources])
+    behind = numpy.flatnonzero(mine & (lines >= line))
+    return int(numpy.searchsorted(ledger.used, behind[0])) if len(behind) else len(ledger.used)
+
+
+def entered(found: Counted, limits: Limits) -> Ledger:
+    """A copy of the ledger in which tokens and limits are entered."""
+    ledger = copy.copy(found.ledger)
+    for name in ("fate", "reason", "held_out", "times", "tokens", "trained", "cut", "answer_cut"):
+        setattr(ledger, name, getattr(ledger, name).copy())
+    ledger.reasons = list(ledger.reasons)
+    found.tokens.enter(ledger, limits)
+    return ledger
+
+
+def partners_of(ledger: Ledger, stage: StagePlan) -> dict[int, int]:
+    """For each conversation the one before it in its batch of the first epoch, as the KTO collator pairs them."""
+    which = ledger.training()
+    labels = (ledger.labels[which] == 1).tolist()
+    keys, lengths = ledger.prompt_keys[which].tolist(), (ledger.tokens[which] - ledger.cut[which]).tolist()
+    parts = stage.gradient_accumulation_steps
+    found: dict[int, int] = {}
+    for batch in kto_batches(labels, keys, stage.effective_batch, stage.seed, lengths=lengths, parts=parts):
+        for index, before in zip(batch, [batch[-1], *batch[:-1]], strict=True):
+            found.setdefault(int(which[index]), int(which[before]))
     return found
 
 
-def shown(template: Template, stage: StagePlan, name: str, row: Conversation) -> dict[str, Any]:
+def shown(template: Template, limits: Limits, row: Conversation, *, ids: bool = False) -> dict[str, Any]:
     """A row as tokens: what is trained, what is cut, and why it is left out if it is."""
     reply: dict[str, Any] = {"file": row.file, "line": row.line, "label": row.label, "cut": 0, "left_out": ""}
     tokens = Tokenised([], [])
     try:
-        ledger = tokenize_rows(template, [row], name, **limits(stage))
+        ledger = tokenize_rows(
+            template, [row], limits.method, max_length=limits.max_length,
+            max_prompt_length=limits.max_prompt_length, too_long=limits.too_long,
+        )  # fmt: skip
         tokens = ledger.examples[0].tokens
         reply["cut"] = sum(over for _, over in ledger.cut)
     except FinetuiError as refused:
         reply["left_out"] = refused.message
         try:
-            tokens = template.tokenize(row.messages, row.tools, only_last=name == "kto")
+            tokens = template.tokenize(row.messages, row.tools, only_last=limits.method == "kto")
         except TemplateError as error:
             reply["left_out"] = str(error)
     learnt = sum(label != -100 for label in tokens.labels)
-    return {**reply, "tokens": len(tokens.input_ids), "trained": learnt, "segments": segments(template, tokens)}
+    turns = turn_list(template, row, tokens, reply["cut"])
+    parts = segments(template, tokens, [turn["start"] for turn in turns])
+    reply |= {"tokens": len(tokens.input_ids), "trained": learnt, "segments": parts, "turns": turns}
+    if ids:
+        reply |= {"input_ids": tokens.input_ids, "labels": tokens.labels, "pieces": token_list(template, tokens)}
+    return reply
 
 
-def segments(template: Template, tokens: Tokenised) -> list[Segment]:
-    """The tokens as (text, trained, special) in stretches of one kind, each special token by itself."""
-    ids, labels = tokens.input_ids[:MAX_TOKENS_SHOWN], tokens.labels[:MAX_TOKENS_SHOWN]
-    special = template.end_tokens
-    stretches: list[tuple[int, bool, bool]] = []
-    kinds = [(label != -100, token in special, token in special and index) for index, (token, label) in
-             enumerate(zip(ids, labels, strict=True))]  # fmt: skip
-    end = 0
-    for (trained, marked, _), group in groupby(kinds):
-        end += len(list(group))
-        stretches.append((end, trained, marked))
-    found: list[Segment] = []
-    start, before, left = 0, "", MAX_CHARACTERS
-    for end, trained, marked in stretches:
-        text = template.tokenizer.decode(ids[start:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        if not marked and start and len(stretches) < 200:  # some decoders drop the blank before a word that comes first
-            before = template.tokenizer.decode(ids[:start], clean_up_tokenization_spaces=False)
-            whole = template.tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False)
-            text = whole[len(before) :] if whole.startswith(before) else text
-        found.append((text[:left], trained, marked))
-        left -= len(text)
-        start = end
-        if left <= 0:
-            break
-    if start < len(tokens.input_ids) or left < 0:
-        found.append((f" … ({len(tokens.input_ids):,} tokens in all)", False, False))
-    return found
+def count_words(found: Counted, stage: StagePlan, name: str) -> dict[str, Any]:
+    """Examples and tokens of a pass over the training rows, their shape, and what the limits do to them."""
+    import numpy
 
+    limits = Limits.of(stage, name)
+    ledger = entered(found, limits)
+    training = ledger.training()
+    kept = training if found.scale == 1 else found.tokens.which[ledger.fate[found.tokens.which] != 2]
+    if not len(kept):
+        raise nothing_left({ledger.reasons[n] for n in set(ledger.reason[found.tokens.which].tolist())} - {""}, limits)
 
-def counted(template: Template, stage: StagePlan, name: str, used: list[Conversation]) -> dict[str, Any]:
-    """Examples and tokens of a pass over the training rows, from an even sample of them where they are many."""
-    training, held_out = holdout_split(used, stage.data.holdout, stage.seed)
-    step = -(-len(training) // SAMPLE)
-    sample = training[:: max(step, 1)]
-    ledger = tokenize_rows(template, sample, name, **limits(stage))
-    share = len(training) / len(sample)
-    lengths = sorted((len(example.tokens.input_ids) for example in ledger.examples), reverse=True)
+    def scaled(value: Any) -> int:
+        return round(float(value) * found.scale)
+
+    lengths = ledger.tokens[kept] - ledger.cut[kept]
+    longest = numpy.sort(lengths)[::-1].repeat(round(found.scale))[:KEPT_LENGTHS]
+    gone = ledger.reason[found.tokens.which]
+    reasons = {ledger.reasons[number]: scaled((gone == number).sum()) for number in set(gone.tolist()) - {0}}
     return {
-        "longest_rows": [length for length in lengths for _ in range(round(share))][:KEPT_LENGTHS],
-        "examples": round(len(ledger.examples) * share),
-        "held_out": len(held_out),
-        "tokens": round(ledger.tokens * share),
-        "trained_tokens": round(ledger.trained_tokens * share),
-        "longest": max(len(example.tokens.input_ids) for example in ledger.examples),
-        "left_out": dict(Counter(reason for _, reason in ledger.left_out).most_common(5)),
-        "cut": len(ledger.cut),
-        "sampled": len(sample),
-        "rows": len(training),
-    }
+        "longest_rows": longest.tolist(), "examples": scaled(len(kept)), "held_out": len(ledger.evaluation()),
+        "tokens": scaled(lengths.sum()), "trained_tokens": scaled(ledger.trained[kept].sum()),
+        "longest": int(lengths.max()), "left_out": reasons, "cut": scaled((ledger.cut > 0).sum()),
+        "sampled": len(found.tokens.which),
+        "rows": len(found.tokens.which) if found.scale == 1 else len(found.ledger.training()),
+        "exact": found.scale == 1,
+        "shape": token_shape(found.tokens.lengths(), limits, stage.batch_size, found.scale),
+        "findings": [told.as_json() for told in length_findings(Look(ledger, max_length=limits.max_length))],
+    }  # fmt: skip
+
+
+def limit_words(found: Counted, limits: Limits, at: int) -> dict[str, Any]:
+    """What another limit would do."""
+    prompt = limits.max_prompt_length
+    there = replace(limits, max_length=at, max_prompt_length=min(prompt, at) if prompt else prompt)
+    told = found.tokens.lengths().at_limit(there)
+    scaled = {key: value if key == "longest" else round(value * found.scale) for key, value in told.items()}
+    return {"limit": scaled, "at": at, "exact": found.scale == 1}
 
 
 if __name__ == "__main__":

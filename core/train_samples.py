@@ -43,10 +43,11 @@ def samples_of(settings: SamplesPlan, loaded: Loaded, data: StageData) -> list[S
     if settings.file:
         chosen = prompts_of(Path(settings.file)).prompts[: settings.count]
     else:
-        ledger = data.held_out or data.training
-        rows = {example.row.prompt_key: example.row for example in ledger.examples if example.row.label is not False}
-        order = sorted(rows, key=lambda key: drawn(key, DRAW_SEED))
-        chosen = [_prompt(rows[key]) for key in order[: settings.count]]
+        examples = (data.held_out or data.training).examples
+        good = {key: at for at, (key, label) in enumerate(zip(examples.prompt_keys.tolist(), examples.labels.tolist(),
+                strict=True)) if label != 0}  # fmt: skip
+        order = sorted(good, key=lambda key: drawn(key, DRAW_SEED))
+        chosen = [_prompt(examples[good[key]].row) for key in order[: settings.count]]
     found = []
     for prompt in chosen:
         with contextlib.suppress(TemplateError):

@@ -25,7 +25,7 @@ from core.gpu import GpuReport
 from core.paths import cache_dir
 from core.runs import Run, create_run, is_alive
 
-SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+SHARED_DATA = Path(os.environ.get("FINETUI_SHARED_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
 USER = {"role": "user", "content": "Set a timer for 5 minutes"}
 CALL = 'tool_call: set_timer\narguments: {"minutes": 5}'
 ANSWER = {"role": "assistant", "content": CALL}
@@ -111,6 +111,16 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_template(tiny_model: Path) -> Any:
+    """The template of the tiny model, probed."""
+    from transformers import AutoTokenizer
+
+    from core.chat import Template
+
+    return Template.of(AutoTokenizer.from_pretrained(tiny_model))
 
 
 @pytest.fixture(scope="session")

@@ -72,7 +72,7 @@ async def test_what_was_typed_is_there_after_the_terminal_died(folder: Path) -> 
         await pilot.press("up", "up", "enter")
         await shows(pilot, "Which model?")
         await pilot.press("enter")
-        await shows(pilot, "Which rows?")
+        await shows(pilot, "a Hub data set")
         await pilot.press("right", "tab", *"rows.jsonl")
         await shows(pilot, "rows.jsonl cannot be read")
         left = load_draft(draft_path())
@@ -188,10 +188,12 @@ async def test_rows_are_looked_into_while_one_types(folder: Path, rows_file: Cal
     async with app.run_test(size=(120, 40)) as pilot:
         await shows(pilot, "your draft is kept")
         await pilot.press("n")
-        await shows(pilot, "✔ 4 rows, 3 examples", "2 good, 1 bad", "left out: 1 × no assistant turn (line 1)")
+        await shows(pilot, "✔ 4 rows, 3 examples (2 good, 1 bad)", "1 left out")
+        await pilot.press("2")
+        await shows(pilot, "1 row left out: no assistant turn.", "2 Findings")
         path.write_text('{"messages": [}\n')
         await pilot.press("tab", "end", "backspace", "l")
-        await shows(pilot, "✘", "line 1: broken JSON")
+        await shows(pilot, "✘", "1 × broken JSON")
 
 
 @pytest.mark.parametrize("size", [(80, 24), (120, 40)])

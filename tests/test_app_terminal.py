@@ -117,7 +117,7 @@ def test_by_keys_alone_from_the_wizard_through_death_and_stop_to_the_end(
     terminal.type(str(tiny_model))
     terminal.shows(f"✔ {tiny_model}"[:60])
     terminal.press("Enter")
-    terminal.shows("Which rows?", "the demo's rows")
+    terminal.shows("the demo's rows", "a Hub data set")
     terminal.press("Right")
     terminal.shows("Type the path of a file.")
     terminal.press("Tab")

@@ -40,11 +40,12 @@ def finetui(*words: str, **environment: str) -> subprocess.CompletedProcess[str]
 ONE = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "label": true}\n'
 BAD_FILES: dict[str, tuple[bytes, str, str]] = {
     "empty": (b"", "sft", "is empty"),
-    "not UTF-8": (ONE.encode() + b"\xe4\xf6\n", "sft", "line 2: not UTF-8"),
+    "not UTF-8": (b"\xe4\xf6\n", "sft", "no usable row for SFT among 1 (1 × not UTF-8 (byte 0xe4))"),
     "binary": (b"\x7fELF\0\0", "sft", "is binary, not UTF-8 text"),
     "gzip": (b"\x1f\x8b\x08aaaa", "sft", "is a gzip file"),
     "UTF-16": (ONE.encode("utf-16"), "sft", "is UTF-16 or binary"),
-    "broken JSON": (ONE.encode() * 4 + b'{"a": \n', "sft", "line 5: broken JSON"),
+    "broken JSON": (b'{"a": \n' * 2, "sft", "no usable row for SFT among 2 (2 × broken JSON (Expecting value))"),
+    "a broken list": (b'[{"a": 1},\n{"a": }]', "sft", "line 2: broken JSON (Expecting value)"),
     "no usable rows": (b'{"a": 1}\n' * 3, "sft", "has no usable row for SFT among 3"),
     "all true": (ONE.encode() * 3, "kto", "every label is true"),
     "all false": (ONE.replace("true", "false").encode() * 3, "kto", "every label is false"),
@@ -292,8 +293,9 @@ def test_check_counts_and_names_every_row_left_out(said: Callable[..., str], tmp
         (6, str(path)),
     ]
     shown = said("check", path, "--method", "kto")
-    assert "5 rows, 2 examples for KTO" in shown and "labels: 1 false, 1 true" in shown
-    assert "left out: 2 × no conversation found (the row has: y) (line 5, 6)" in shown
+    assert "5 rows (jsonl: messages, 1 blank line)" in shown and "2 examples for KTO; 3 rows left out" in shown
+    assert "labels: 1 false, 1 true" in shown and "(lines 3, 5, 6)" in shown
+    assert "2 × no conversation found (the row has: y); 1 × no conversation found (the row has: x)" in shown
     assert "weights: desirable 1, undesirable 1" in shown
     assert json.loads(said("check", path, "--method", "sft", "--include-undesirable", "--json"))["used"] == 2
 
@@ -365,7 +367,7 @@ def test_a_terminal_that_knows_ascii_only_is_no_error(tmp_path: Path) -> None:
     path = tmp_path / "rows ü.jsonl"
     path.write_text(ONE + '{"ü": 1}\n')
     done = finetui("check", str(path), "--method", "sft", PYTHONIOENCODING="ascii", PYTHONUTF8="0", NO_COLOR="1")
-    assert done.returncode == 0 and done.stderr == "" and "2 rows, 1 examples" in done.stdout
+    assert done.returncode == 0 and done.stderr == "" and "2 rows (jsonl" in done.stdout
 
 
 def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:

@@ -405,6 +405,10 @@ def values_of(path: str) -> st.SearchStrategy[Any]:
     option = OPTIONS[path]
     if path.endswith(".extra"):
         return extras
+    if path.endswith(".data.files"):
+        return st.dictionaries(words, st.floats(0.01, 100), max_size=3)
+    if path.endswith(".data.columns"):
+        return st.dictionaries(st.sampled_from(["prompt", "completion", "label"]), words, max_size=3)
     if option.choices and option.kind is not list:
         return st.sampled_from(option.choices)
     if path == "lora.target_modules":
@@ -414,7 +418,7 @@ def values_of(path: str) -> st.SearchStrategy[Any]:
     if path == "export.upload":
         return st.sampled_from(["me/model", "my-team/Model_1.5"])
     kinds: dict[type, st.SearchStrategy[Any]] = {
-        bool: st.booleans(), int: st.integers(8, 512), float: st.floats(1e-9, 0.5), str: words,
+        bool: st.booleans(), int: st.integers(8, 127), float: st.floats(1e-9, 0.5), str: words,
     }  # fmt: skip
     return kinds[option.kind]
 

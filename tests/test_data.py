@@ -207,27 +207,43 @@ def test_no_damage_to_a_good_file_raises_anything_but_one_clear_sentence(scratch
         (b"PK\x03\x04aaaa", "a.zip", "is a zip file, not UTF-8 text"),
         (LINES[0].encode("utf-16"), "a.jsonl", "is UTF-16 or binary, not UTF-8 text"),
         ("日本".encode("utf-16"), "a.jsonl", "is UTF-16 or binary, not UTF-8 text"),
-        (LINES[0].encode() + b"\n\n\xff\xfe", "a.jsonl", "line 3: not UTF-8 (byte 0xff)"),
-        (LINES[0] + '\n{"a": 1\n', "a.jsonl", "line 2: broken JSON"),
-        (LINES[0] + "\n" + LINES[1] + "\n" + LINES[2][:-4], "a.jsonl", "line 3: broken JSON"),
-        (LINES[0] + "\n" + "[" * 100_000, "a.jsonl", "line 2: broken JSON (nested too deeply"),
-        (LINES[0] + '\n{"a": ' + "9" * 5000 + "}", "a.jsonl", "line 2: broken JSON (nested too deeply or a number"),
         (LINES[0] + '\n{"a": "x\0y"}', "a.jsonl", "is binary, not UTF-8 text"),
-        ("\n" * 5000 + LINES[0] + "\n" * 5000 + '{"a": "x\0y"}', "a.jsonl", "line 10001: broken JSON"),
         ("[\n{},\n}]", "a.json", "line 3: broken JSON"),
         ("prompt,completion\nHi,\"Hello\n" + "x,y\n" * 50, "a.csv", "broken CSV (unexpected end of data)"),
         (b"PAR1 nothing", "a.parquet", "is not a readable Parquet file"),
         (b"PAR1" + b"\0" * 40 + b"\xff\xff\xff\x7fPAR1", "a.parquet", "is not a readable Parquet file"),
-        ('{"text": "a"}\n' * 3, "a.jsonl",
-         "has no usable row for SFT among 3 (3 × no conversation found (the row has: text))"),
+        ('{"title": "a"}\n' * 3, "a.jsonl",
+         "has no usable row for SFT among 3 (3 × no conversation found (the row has: title))"),
+        ('{"a"}\n' * 3, "a.jsonl", "has no usable row for SFT among 3 (3 × broken JSON (Expecting ':' delimiter))"),
         ("[]", "a.json", "has no usable row for SFT among 0 (no rows)"),
-        ("\ufeff", "a.jsonl", "has no usable row for SFT among 0 (no rows)"),
+        ("\ufeff", "a.jsonl", "is empty"),
     ],
 )  # fmt: skip
 def test_a_file_that_cannot_be_used_is_refused_in_one_sentence(
     file: WriteFile, content: str | bytes, name: str, says: str
 ) -> None:
     assert says in refused(file(content, name)).message
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "reason"),
+    [
+        (LINES[0].encode() + b"\n\n\xff\xfe", 3, "not UTF-8 (byte 0xff)"),
+        (LINES[0] + '\n{"a": 1\n', 2, "broken JSON (Expecting ',' delimiter)"),
+        (LINES[0] + "\n" + LINES[1] + "\n" + LINES[2][:-4], 3, "broken JSON (Expecting value)"),
+        (LINES[0] + "\n" + "[" * 100_000, 2, "broken JSON (nested too deeply or a number too long)"),
+        (LINES[0] + '\n{"a": ' + "9" * 5000 + "}", 2, "broken JSON (nested too deeply or a number too long)"),
+        ("\n" * 5000 + LINES[0] + "\n" * 5000 + '{"a": "x\0y"}', 10001, "broken JSON (Invalid control character at)"),
+    ],
+    ids=["bytes", "open", "torn", "deep", "number", "nul"],
+)
+def test_a_line_that_is_no_json_is_left_out_by_its_number_and_the_others_are_read(
+    file: WriteFile, content: str | bytes, line: int, reason: str
+) -> None:
+    rows = read_rows(file(content), "sft")
+    broken = [(entry.line, entry.reason) for entry in rows.left_out if "label is false" not in entry.reason]
+    assert broken == [(line, reason)]
+    assert rows.used and adds_up(rows, "sft")
 
 
 def test_a_missing_file_a_folder_and_a_path_that_is_none_are_refused(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def test_tool_calls_are_read_with_or_without_text_and_with_arguments_as_a_string
     answer = found[0][0][-1]
     assert answer["content"] == content
     assert answer["tool_calls"] == [
-        {"type": "function", "function": {"name": "set_timer", "arguments": {"minutes": 5}}}
+        {"id": "1", "type": "function", "function": {"name": "set_timer", "arguments": {"minutes": 5}}}
     ]
     assert repairs == []
 
@@ -99,7 +99,9 @@ def test_tools_written_as_a_json_string_are_read_and_what_is_no_list_is_named(fi
         (None, "a row must be a JSON object, not NoneType"),
         ([1], "a row must be a JSON object, not list"),
         ({}, "no conversation found (the row has: nothing)"),
-        ({"text": "x", "id": 1}, "no conversation found (the row has: id, text)"),
+        ({"title": "x", "id": 1}, "no conversation found (the row has: id, title)"),
+        ({"text": " "}, "the text is empty"),
+        ({"text": 5}, "no conversation found (the row has: text)"),
         ({"prompt": "only a prompt"}, "no conversation found (the row has: prompt)"),
         ({"messages": "text"}, "the conversation is str, not a list of messages"),
         ({"messages": []}, "no assistant turn"),

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import SHARED_DATA, MakeRun
+from datasets import Dataset
 from transformers import AutoTokenizer
 
 from core import train
@@ -260,7 +261,7 @@ def test_the_second_rate_lasts_and_survives_a_resume(make_run: MakeRun) -> None:
 
 def test_epochs_bring_kto_rows_in_another_order() -> None:
     rows = {"label": [True, False] * 10, "prompt_key": [str(i) for i in range(20)], "prompt_ids": [[1]] * 20}
-    batches = KTOBatches(rows | {"completion_ids": [[2]] * 20}, 4, 1, shuffle=True)
+    batches = KTOBatches(Dataset.from_dict(rows | {"completion_ids": [[2]] * 20}), 4, 1, shuffle=True)
     first = list(batches)
     batches.set_epoch(1)
     assert list(batches) != first

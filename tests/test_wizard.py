@@ -21,9 +21,10 @@ from core.runs import Run, create_run, write_manifest
 from core.sources import ModelSource
 from core.turns import take_turn
 from tui.completion import completions, load_recent, remember
+from tui.data_room import DataRoom
+from tui.data_views import TRAINED, row_words
 from tui.draft import Draft, RowsDraft
 from tui.forecast import Count, adapter_parameters, checkpoint_bytes, consequence, differences, fit, stage_words
-from tui.preview import TRAINED, Preview, example_words
 from tui.settings import Setting
 from tui.wizard import WizardScreen
 
@@ -83,7 +84,7 @@ async def test_a_row_is_shown_as_it_will_be_trained_and_keys_go_through_the_rows
         text = await shows(pilot, "row 1 of 60", "Answer 0")
         assert "<|im_start|>user" in text and "<|im_end|>" in text and "tokens" in text
         assert marked(app) == "Answer 0<|im_end|>"
-        app.wizard.query_one(Preview).focus()
+        app.wizard.query_one(DataRoom).focus()
         await pilot.press("right")
         await shows(pilot, "row 2 of 60", "Answer 1")
         assert marked(app) == "Answer 1<|im_end|>"
@@ -103,14 +104,14 @@ async def test_a_labelled_row_shows_prompt_completion_and_label_and_space_goes_t
 ) -> None:
     app = WizardApp(draft_of("sft-kto", tiny_model, rows_file()), tmp_path)
     async with app.run_test(size=(80, 40)) as pilot:
-        await shows(pilot, "Preview SFT", "row 1 of 20")
-        app.wizard.query_one(Preview).focus()
+        await shows(pilot, "SFT  1 Rows", "row 1 of 20")
+        app.wizard.query_one(DataRoom).focus()
         await pilot.press("space")
-        await shows(pilot, "Preview KTO", "row 1 of 40", "✔ true", "prompt", "completion, labelled true")
+        await shows(pilot, "KTO  1 Rows", "row 1 of 40", "✔ true", "prompt", "completion, labelled true")
         await pilot.press("shift+right")
         await shows(pilot, "row 26 of 40")
         while "✘ false" not in frame(app):
-            at = app.wizard.query_one(Preview).at["kto"]
+            at = app.wizard.query_one(DataRoom).here.at
             await pilot.press("left")
             await shows(pilot, f"row {at} of 40")
         await shows(pilot, "✘ false", "labelled false")
@@ -123,7 +124,7 @@ async def test_what_is_left_out_by_length_says_so(
     app = WizardApp(draft_of("sft", tiny_model, rows_file(rows), sft__max_length="64"), tmp_path)
     async with app.run_test(size=(120, 40)) as pilot:
         await shows(pilot, "row 1 of 2", "trained")
-        app.wizard.query_one(Preview).focus()
+        app.wizard.query_one(DataRoom).focus()
         await pilot.press("right")
         await shows(pilot, "row 2 of 2", "left out: No row is left after tokenising: longer than", "not trained")
 
@@ -138,7 +139,7 @@ async def test_hostile_rows_change_nothing_on_the_terminal(
     async with app.run_test(size=(80, 24)) as pilot:
         await shows(pilot, "3 rows, 2 examples")
         await until(pilot, lambda: "[INST]" in app.wizard.query_one("#preview-text").content.plain)  # type: ignore[attr-defined]
-        app.wizard.query_one(Preview).focus()
+        app.wizard.query_one(DataRoom).focus()
         await pilot.press("down")
         shown = app.wizard.query_one("#preview-text").content.plain  # type: ignore[attr-defined]
         assert CONTROLS.findall(shown.replace("\n", "")) == []
@@ -159,7 +160,7 @@ async def test_a_child_that_dies_is_told_of_and_started_again(
     async with app.run_test(size=(120, 40)) as pilot:
         await shows(pilot, "row 1 of 20")
         psutil.Process(app.wizard.lens.pid).kill()
-        app.wizard.query_one(Preview).focus()
+        app.wizard.query_one(DataRoom).focus()
         await pilot.press("right")
         await until(pilot, lambda: "row 2 of 20" in frame(app) or "process died" in frame(app))
         await pilot.press("right", "left", "right")
@@ -170,7 +171,7 @@ def test_marks_are_a_colour_and_an_underline() -> None:
     assert "underline" in TRAINED and "$" in TRAINED
     reply = {"segments": [["<s>", False, True], ["hi\n", False, False], ["yes", True, False]], "left_out": "", "cut": 3}
     reply["label"] = False
-    content = example_words("kto", reply)
+    content = row_words("kto", reply)
     assert content.plain == "! 3 tokens are cut from the left\nprompt\n<s>hi\ncompletion, labelled false\nyes"
 
 
@@ -306,7 +307,7 @@ async def test_paths_complete_by_tab_and_what_was_used_comes_back_by_down(
     rows_file(name="my-rows-one.jsonl")
     used = rows_file(name="my-rows-two.jsonl")
     (tmp_path / "my-rows-\x1b[2J.jsonl").write_text("evil")
-    (tmp_path / "my-rows.txt").write_text("no data")
+    (tmp_path / "my-rows.bin").write_text("no data")
     monkeypatch.chdir(tmp_path)
     remember(draft_of("sft", Path("owner/name"), used))
     (tmp_path / "cache" / "recent.json").write_text(
@@ -316,7 +317,7 @@ async def test_paths_complete_by_tab_and_what_was_used_comes_back_by_down(
     draft.data["sft"] = RowsDraft(kind="file")
     app = WizardApp(draft, tmp_path)
     async with app.run_test(size=(80, 24)) as pilot:
-        await shows(pilot, "Which rows?")
+        await shows(pilot, "a Hub data set")
         line = app.wizard.query_one("PathLine.file", Input)
         line.focus()
         await shows(pilot, "↓ used before:")

@@ -15,10 +15,10 @@ from textual.message import Message
 from textual.suggester import Suggester
 from textual.widgets import Input
 
+from core.data_files import DATA_SUFFIXES
 from core.errors import FinetuiError
 from core.paths import cache_dir, writing_whole
 from core.runs import list_runs
-from core.sources import DATA_SUFFIXES
 from core.text import clean
 from tui.draft import Draft
 from tui.widgets import Line

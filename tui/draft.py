@@ -32,7 +32,12 @@ class RowsDraft(BaseModel):
     kind: Literal["demo", "file", "hub"] = "demo"
     file: str = ""
     dataset: str = ""
+    dataset_config: str = ""
+    dataset_split: str = ""
     dataset_file: str = ""
+    dataset_revision: str = ""
+    columns: dict[str, str] = {}
+    """Which column is what, where the person said so."""
 
 
 class Draft(BaseModel):
@@ -90,7 +95,12 @@ class Draft(BaseModel):
                 values[f"{stage}.data.file"] = rows.file.strip() or None
             elif rows.kind == "hub":
                 values[f"{stage}.data.dataset"] = rows.dataset.strip() or None
-                values[f"{stage}.data.dataset_file"] = rows.dataset_file.strip() or None
+                for name in ("dataset_config", "dataset_file", "dataset_revision"):
+                    values[f"{stage}.data.{name}"] = getattr(rows, name).strip() or None
+                if rows.dataset_split.strip():
+                    values[f"{stage}.data.split"] = rows.dataset_split.strip()
+            if rows.columns and rows.kind != "demo":
+                values[f"{stage}.data.columns"] = dict(rows.columns)
         return values
 
 
@@ -137,6 +147,10 @@ def checked(draft: Draft) -> Checked:
     for name in ("sft.data.file", "kto.data.file", "samples.file", "evaluate.file", "evaluate.tools"):
         if (given := values.get(name, (None, ""))[0]) is not None:
             values[name] = (str(Path(given).expanduser().absolute()), SOURCE)
+    for name in ("sft.data.files", "kto.data.files"):
+        if isinstance(given := values.get(name, (None, ""))[0], dict):
+            there = {str(Path(str(key)).expanduser().absolute()): weight for key, weight in given.items()}
+            values[name] = (there, SOURCE)
     while True:
         try:
             resolved = resolve(draft.method, config, values, gpu_present=gpu_present())
@@ -188,7 +202,7 @@ def command_line(draft: Draft, runs_folder: str = "") -> str:
     flags = {targets[0].path: flag for flag, targets in flags_of(draft.method).items() if len(targets) == 1}
     for path, value in draft.chosen().items():
         if value is not None and not path.endswith(".data.demo"):  # naming rows turns the demo's off, as here
-            words += _word(path, str(value), flags)
+            words += _word(path, json.dumps(value) if isinstance(value, dict) else str(value), flags)
     for path, text in draft.changed().items():
         words += _word(path, text, flags)
     if runs_folder:
@@ -242,8 +256,10 @@ def draft_of(plan: Plan) -> Draft:
         rows = plan.stage(stage).data
         kind: Literal["demo", "file", "hub"] = "file" if rows.file else "hub" if rows.dataset else "demo"
         draft.data[stage] = RowsDraft(
-            kind=kind, file=rows.file or "", dataset=rows.dataset or "", dataset_file=rows.dataset_file or ""
-        )
+            kind=kind, file=rows.file or "", dataset=rows.dataset or "", dataset_file=rows.dataset_file or "",
+            dataset_config=rows.dataset_config or "", dataset_revision=rows.dataset_revision or "",
+            dataset_split=rows.split if rows.dataset and rows.split != "train" else "", columns=rows.columns,
+        )  # fmt: skip
     base = checked(draft).resolved
     usual = flatten(base.plan.model_dump(mode="json"), keep_auto=True) if base else {}
     ours = ("name", "note", *draft.chosen())

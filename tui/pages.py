@@ -1,15 +1,13 @@
 """The pages of the wizard about method, model and data. Each edits the one draft; none of them touches the disk."""
 
-from dataclasses import dataclass
 from typing import Any
 
 from rich.text import Text
 from textual import on
 from textual.app import ComposeResult
-from textual.containers import Vertical, VerticalScroll
+from textual.containers import VerticalScroll
 from textual.content import Content
 from textual.message import Message
-from textual.widget import Widget
 from textual.widgets import DataTable, Input, OptionList
 from textual.widgets.option_list import Option as Entry
 
@@ -23,8 +21,7 @@ from core.text import clean
 from tui.completion import PathLine
 from tui.draft import Checked, Draft
 from tui.forecast import Counts, card, fit
-from tui.preview import Preview
-from tui.widgets import Choice, Line, Menu, Rows, Words
+from tui.widgets import Menu, Rows, Words
 
 METHOD_HELP: dict[str, tuple[str, str, str, str]] = {
     "sft": (
@@ -46,7 +43,6 @@ METHOD_HELP: dict[str, tuple[str, str, str, str]] = {
         "When: you have labelled rows and a base model. The demo does this.",
     ),
 }
-ROW_KINDS = (("demo", "the demo's rows"), ("file", "a file"), ("hub", "a Hub data set"))
 
 
 def problem_words(error: FinetuiError) -> Content:
@@ -205,77 +201,3 @@ def fits(size: str, need_gib: float, found: tuple[str, float, float] | None) -> 
     if found is None:
         return "✔ CPU" if size == "135m" else "✘ needs GPU"
     return fit(need_gib, found[1], found[2])
-
-
-class DataPage(Page):
-    """A block for each stage: which rows, and what a look into them found."""
-
-    @dataclass
-    class Wanted(Message):
-        """The rows of a stage were named anew and should be looked at."""
-
-        stage: str
-
-    def compose(self) -> ComposeResult:
-        yield Words("Which rows?", classes="question")
-        for stage in self.draft.stages:
-            rows = self.draft.data[stage]
-            with Vertical(id=f"rows-{stage}", classes="rows"):
-                needs = "conversations" if stage == "sft" else "conversations with a label, true or false"
-                yield Words(Content.assemble((stage.upper(), "bold"), (f"  {needs}", "$foreground-muted")))
-                yield Choice(ROW_KINDS, rows.kind, classes="kind")
-                yield PathLine(
-                    "file",
-                    runs_dir(),
-                    clean(rows.file),
-                    placeholder="path of a JSONL, JSON, CSV or Parquet file",
-                    classes="file",
-                )
-                yield PathLine(
-                    "dataset", runs_dir(), clean(rows.dataset), placeholder="OWNER/NAME on the Hub", classes="dataset"
-                )
-                yield Line(
-                    clean(rows.dataset_file),
-                    placeholder="file in it (empty: the only one)",
-                    classes="dataset_file",
-                )
-                yield Words(classes="candidates")
-                yield Words(classes="report")
-        yield Preview(self.draft.stages)
-
-    def on_mount(self) -> None:
-        for stage in self.draft.stages:
-            self._lay_out(stage)
-        self.screen.set_focus(self.query(Choice).first())
-
-    def _lay_out(self, stage: str) -> None:
-        """Show the lines that the kind of rows needs, and ask for a look into them."""
-        kind = self.draft.data[stage].kind
-        block = self.query_one(f"#rows-{stage}")
-        block.query_one(".file").display = kind == "file"
-        for name in (".dataset", ".dataset_file"):
-            block.query_one(name).display = kind == "hub"
-        self.post_message(self.Wanted(stage))
-
-    def report(self, stage: str, words: Content) -> None:
-        self.query_one(f"#rows-{stage}").query_one(".report", Words).say(words)
-
-    @staticmethod
-    def _stage_of(widget: Widget) -> str:
-        return str(widget.parent.id).removeprefix("rows-") if widget.parent else ""
-
-    @on(Choice.Changed)
-    def chosen(self, event: Choice.Changed) -> None:
-        stage = self._stage_of(event.choice)
-        self.draft.data[stage] = self.draft.data[stage].model_copy(update={"kind": event.value})
-        self._lay_out(stage)
-        self.edited()
-
-    @on(Input.Changed)
-    def typed(self, event: Input.Changed) -> None:
-        stage = self._stage_of(event.input)
-        field = next(name for name in ("file", "dataset", "dataset_file") if event.input.has_class(name))
-        if event.value != getattr(self.draft.data[stage], field):
-            setattr(self.draft.data[stage], field, event.value)
-            self.post_message(self.Wanted(stage))
-            self.edited()

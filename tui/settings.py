@@ -189,7 +189,13 @@ class SettingsPage(Page):
 
 def is_rows(path: str) -> bool:
     """Whether an option belongs to the page about data."""
-    return path.endswith((".data.file", ".data.dataset", ".data.dataset_file", ".data.demo"))
+    return path.endswith(ROWS)
+
+
+ROWS = tuple(
+    f".data.{name}"
+    for name in ("file", "dataset", "dataset_config", "dataset_file", "dataset_revision", "split", "columns", "demo")
+)
 
 
 class ReviewPage(Page):

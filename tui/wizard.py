@@ -16,18 +16,20 @@ from textual.worker import get_current_worker
 from core import runner
 from core.commands import preflight
 from core.config import save_plan
-from core.data import Rows, read_rows
 from core.errors import FinetuiError
-from core.lens import Lens, Reply
+from core.lens import Lens
+from core.plan import Plan
 from core.runs import Run, create_run
-from core.sources import demo_files
 from core.text import clean
 from tui.completion import remember
+from tui.data_page import ColumnsScreen, DataPage
+from tui.data_room import DataRoom
 from tui.dialogs import Ask
 from tui.draft import STEPS, Checked, Draft, checked, command_line, save_draft, with_model
+from tui.dry_run import DryRunScreen
 from tui.forecast import Count, Forecast, earlier, forecast
-from tui.pages import DataPage, MethodPage, ModelPage, Page, problem_words
-from tui.preview import DryRunScreen, Preview, preview_key
+from tui.inspection import LEDGER_SLOT, Inspection, LensSaid, LookSaid
+from tui.pages import MethodPage, ModelPage, Page, problem_words
 from tui.settings import ReviewPage, SettingsPage
 from tui.widgets import Room, StepBar
 
@@ -55,22 +57,6 @@ class WizardScreen(Room[Run | None]):
 
         found: Checked
         edits: int
-
-    @dataclass
-    class RowsSeen(Message):
-        """A look into the rows of a stage is over, or on its way."""
-
-        stage: str
-        words: Content
-        used: int | None
-        """Usable rows: None while they are read or where there are none, 0 where they are not here yet."""
-
-    @dataclass
-    class LensSaid(Message):
-        """The lens answered: a row for the preview, or the tokens of a stage."""
-
-        slot: str
-        reply: Reply
 
     @dataclass
     class Judged(Message):
@@ -105,15 +91,31 @@ class WizardScreen(Room[Run | None]):
         self.next_wanted = False
         self.starting = False
         self._save_failed = False
-        self.lens = Lens(lambda slot, reply: self.post_message(self.LensSaid(slot, reply)))
-        self.usable: dict[str, int | None] = {}
-        self.counts: dict[str, Count] = {}
-        self.counted: dict[str, str] = {}
+        self.inspection = Inspection(self.post_message)
         self.judgement: WizardScreen.Judged | None = None
         self.foreseen: Forecast | None = None
 
     def on_unmount(self) -> None:
-        self.lens.close()
+        self.inspection.close()
+
+    @property
+    def lens(self) -> Lens:
+        return self.inspection.lens
+
+    @property
+    def counts(self) -> dict[str, Count]:
+        """What is known of each stage's examples and tokens."""
+        return self.inspection.counts
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan that the draft makes, while it is the newest."""
+        return self.found.resolved.plan if self.found and self.found.resolved and self.found_at == self.edits else None
+
+    @property
+    def room(self) -> DataRoom | None:
+        """The data room, where its page is shown."""
+        return next(iter(self.page.query(DataRoom)), None)
 
     def body(self) -> ComposeResult:
         yield StepBar(id="steps")
@@ -139,14 +141,15 @@ class WizardScreen(Room[Run | None]):
         await holder.remove_children()
         await holder.mount(pages[step](self.draft))
         self.refresh_bindings()
-        if step > STEPS.index("Data"):
+        if self.room:
             for stage in self.draft.stages:
-                if self.usable.get(stage) is None:
-                    self.rows_wanted(DataPage.Wanted(stage))
+                self.inspection.fill(self.room, stage, self.plan)
         if self.found:
             self.show_found(self.found)
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        if action == "reset":
+            return self.draft.step >= STEPS.index("Settings")
         foreseen = self.foreseen if self.draft.step == len(STEPS) - 1 else None
         if action in ("wait", "other_gpu"):
             return bool(foreseen and (foreseen.busy if action == "wait" else foreseen.other_gpu is not None))
@@ -317,88 +320,101 @@ class WizardScreen(Room[Run | None]):
         if isinstance(self.page, ReviewPage):
             self.page.verdict(words)
 
+    # --- rows ---
+
     @on(DataPage.Wanted)
     def rows_wanted(self, event: DataPage.Wanted) -> None:
-        self.usable.pop(event.stage, None)
-        self.look_into_rows(event.stage, self.draft.model_copy(deep=True))
+        self.inspection.forget(event.stage)
+        if self.room:
+            self.room.forget(event.stage)
 
-    @work(thread=True, group="rows", exit_on_error=False)
-    def look_into_rows(self, stage: str, draft: Draft) -> None:
-        """Read the rows of a stage as training will and say what is there."""
-        worker = get_current_worker()
-        rows = draft.data[stage]
-
-        def say(words: Content, used: int | None = None) -> None:
-            if not worker.is_cancelled and rows == self.draft.data[stage]:
-                self.post_message(self.RowsSeen(stage, words, used))
-
-        Event().wait(DEBOUNCE_S)
-        if worker.is_cancelled or rows != self.draft.data[stage]:
+    @on(LookSaid)
+    def look_said(self, event: LookSaid) -> None:
+        if event.stage == LEDGER_SLOT:
+            if "error" in event.said:
+                self.notify(clean(event.said["error"], 300), severity="error", markup=False)
+            elif "saved" in event.said:
+                self.notify(clean(event.said["saved"], 300), title="Saved", markup=False)
             return
-        if rows.kind == "hub":
-            say(Content.styled("Fetched and checked when the run starts.", "$foreground-muted"), 0)
-            return
-        if rows.kind == "file" and not rows.file.strip():
-            say(Content.styled("Type the path of a file.", "$foreground-muted"))
-            return
-        say(Content.styled("○ reading …", "$foreground-muted"))
-        try:
-            path = demo_files()[stage] if rows.kind == "demo" else Path(rows.file.strip()).expanduser().absolute()
-            learn_bad = draft.changed().get(f"{stage}.data.include_undesirable") == "true"
-            found = read_rows(
-                path,
-                stage,
-                include_undesirable=learn_bad,
-                progress=lambda count: say(Content.styled(f"○ {count:,} rows read …", "$foreground-muted")),
-            )
-            say(rows_report(found), len(found.used))
-        except FinetuiError as error:
-            say(problem_words(error))
+        known = self.inspection.heard(event, self.room)
+        self.report_rows()
+        if known:
+            self.show_counts()
 
-    @on(RowsSeen)
-    def rows_seen(self, event: RowsSeen) -> None:
-        self.usable[event.stage] = event.used
-        if isinstance(self.page, DataPage) and event.stage in self.draft.stages:
-            self.page.report(event.stage, event.words)
-        self.show_counts()
+    def report_rows(self) -> None:
+        """Put what is known of the rows under their lines."""
+        if isinstance(self.page, DataPage):
+            for stage in self.draft.stages:
+                self.page.report(stage, self.inspection.words.get(stage, Content("")))
 
-    @on(Preview.Wanted)
+    @on(DataRoom.Wanted)
     def look_closer(self) -> None:
-        """Ask the lens for the row that the preview should show, and for the tokens of stages not counted yet."""
-        plan = self.found.resolved.plan if self.found and self.found.resolved else None
-        if plan is None or self.found_at != self.edits:
-            for preview in self.page.query(Preview):
-                preview.say(Content.styled("The plan does not hold together yet.", "$foreground-muted"))
+        """Have the rows looked at that are not known yet, and ask the lens for what the room should show."""
+        plan, room = self.plan, self.room
+        if plan is None or self.found is None:
+            if room:
+                room.say(Content.styled("The plan does not hold together yet.", "$foreground-muted"))
             return
-        for stage in self.draft.stages:
-            used = self.usable.get(stage)
-            key = f"{preview_key(plan, stage, -1)}|{plan.stage(stage).seed}|{used}"
-            if used is None:
-                self.counts.pop(stage, None)
-                self.counted.pop(stage, None)
-            elif self.counted.get(stage) != key:
-                self.counted[stage] = key
-                self.counts.pop(stage, None)
-                if used:
-                    self.counts[stage] = Count.of_rows(used, plan.stage(stage).data.holdout)
-                self.lens.count(stage, key, plan, stage)
-        for preview in self.page.query(Preview):
-            stage, at = preview.stage, preview.at[preview.stage]
-            if self.usable.get(stage) is None:
-                preview.key = ""
-                preview.say(Content.styled("Rows appear here as they will be trained.", "$foreground-muted"))
-            elif preview.ask(key := preview_key(plan, stage, at)):
-                self.lens.show("preview", key, plan, stage, at)
+        if self.draft.step >= STEPS.index("Data"):
+            self.inspection.look(self.found, self.draft)
+            self.report_rows()
+            self.inspection.ask(plan, self.draft.stages, room)
 
     @on(LensSaid)
     def lens_said(self, event: LensSaid) -> None:
-        reply = event.reply
-        if event.slot == "preview":
-            for preview in self.page.query(Preview):
-                preview.tell(reply)
-        elif reply["key"] == self.counted.get(event.slot) and "error" not in reply:
-            self.counts[event.slot] = Count.of_reply(reply)
+        if self.inspection.answered(event, self.plan, self.room):
+            self.report_rows()
             self.show_counts()
+
+    @on(DataRoom.LimitMoved)
+    def limit_moved(self, event: DataRoom.LimitMoved) -> None:
+        if self.plan:
+            self.lens.limit(f"{event.stage} limit", str(event.at), self.plan, event.stage, event.at)
+
+    @on(DataRoom.LimitKept)
+    def limit_kept(self, event: DataRoom.LimitKept) -> None:
+        """Make the limit that was tried the stage's own; KTO's prompts may not be longer."""
+        values = {f"{event.stage}.max_length": str(event.at)}
+        if event.stage == "kto" and self.plan and self.plan.kto.max_prompt_length > event.at:
+            values["kto.max_prompt_length"] = str(event.at)
+        self.draft.values = {**self.draft.values, **values}
+        self.edited()
+
+    @on(DataRoom.Done)
+    def room_done(self) -> None:
+        self.post_message(self.Turn(1))
+
+    @on(DataRoom.Asked)
+    def room_asked(self, event: DataRoom.Asked) -> None:
+        stage = event.stage
+        if event.what == "columns":
+            names, parts = self.inspection.columns(stage)
+            chosen = self.draft.data[stage].columns
+            self.app.push_screen(ColumnsScreen(names, parts, chosen), lambda found: self.take_columns(stage, found))
+        elif event.what == "fetch" and self.found:
+            self.inspection.look(self.found, self.draft, fetch=(stage,))
+            self.report_rows()
+        elif event.what == "ledger":
+            name = f"{stage}-ledger.csv"
+            self.app.push_screen(Ask("Save every row with its fate as", name), lambda to: self.save_ledger(stage, to))
+        elif event.what == "count" and self.found and self.found.resolved:
+            self.app.push_screen(DryRunScreen(self.found.resolved), self.count_again)
+
+    def take_columns(self, stage: str, found: dict[str, str] | None) -> None:
+        if found is not None and found != self.draft.data[stage].columns:
+            self.draft.data[stage] = self.draft.data[stage].model_copy(update={"columns": found})
+            self.rows_wanted(DataPage.Wanted(stage))
+            self.edited()
+
+    def count_again(self, _: None) -> None:
+        """More tokens may be known after a dry run."""
+        self.inspection.count_again()
+        self.look_closer()
+
+    def save_ledger(self, stage: str, name: str | None) -> None:
+        """Have every row of a stage written with its fate, as far as it goes before anything is tokenised."""
+        if name and self.plan:
+            self.inspection.save_ledger(self.plan, stage, Path(name).expanduser().absolute())
 
     @work(thread=True, group="start", exit_on_error=False)
     def start(self) -> None:
@@ -449,25 +465,3 @@ class WizardScreen(Room[Run | None]):
             )
         except FinetuiError as error:
             self.notify(clean(error), severity="error", markup=False)
-
-
-def rows_report(rows: Rows) -> Content:
-    """Rows, labels, and what is left out and why, with the first lines."""
-    labels = rows.labels
-    parts = [
-        f"{labels[key]:,} {word}" for key, word in ((True, "good"), (False, "bad"), (None, "unlabelled")) if labels[key]
-    ]
-    lines = [
-        Content.assemble(
-            (f"✔ {rows.total:,} rows, {len(rows.used):,} examples", "$text-success"), f"  ({', '.join(parts)})"
-        )
-    ]
-    for word, entries in (("left out", rows.left_out), ("repaired", rows.repaired)):
-        by_reason: dict[str, list[int]] = {}
-        for entry in entries:
-            by_reason.setdefault(entry.reason, []).append(entry.line)
-        for reason, where in sorted(by_reason.items(), key=lambda item: -len(item[1]))[:4]:
-            shown = ", ".join(map(str, where[:5])) + (" …" if len(where) > 5 else "")
-            words = f"! {word}: {len(where):,} × {clean(reason, 120)} (line {shown})"
-            lines.append(Content.styled(words, "$text-warning"))
-    return Content("\n").join(lines)

@@ -8,7 +8,7 @@ and memory do) and a few hundred rows for SFT and for KTO. Parts, each a process
   chain    SFT then KTO with Unsloth in 4 bit, stopped and resumed inside each stage
   trl      the same with plain TRL and PEFT, three steps a stage, not stopped
   sign     two steps of KTO-S with Unsloth
-  batches  a trainer's batches against the preview's labels; whether rows laid end to end see each other
+  batches  a trainer's batches against what the data room's lens shows; whether rows laid end to end see each other
   speed    one Unsloth run alone, longer: examples a second, seconds of each phase, peak memory; then the final model is
            read back with transformers and PEFT
 
@@ -254,13 +254,24 @@ def build(path: str, stage: str) -> tuple[Any, Any]:
     return trainer, data
 
 
+def lens_replies(path: str, stage: str) -> list[dict[str, Any]]:
+    """What the lens shows for every row of the run's stage that is trained, ids and labels included."""
+    from core.train_lens import Desk
+
+    desk, plan = Desk(), Run(Path(path)).plan().model_dump(mode="json")
+    request = {"do": "show", "plan": plan, "stage": stage, "ids": True}
+    count = desk.reply({**request, "at": 0})["of"]
+    replies = [desk.reply({**request, "at": at}) for at in range(count)]
+    return [reply for reply in replies if not reply["left_out"]]
+
+
 def look_sft(path: str) -> None:
     """Real batches against the preview, and rows laid end to end against rows alone."""
     import torch
 
-    trainer, data = build(path, "sft")
+    trainer, _ = build(path, "sft")
     check("sft: batches carry no padding", bool(trainer.args.padding_free), trainer.args.padding_free)
-    preview = {tuple(e.tokens.input_ids): e.tokens.labels for e in data.training.examples}
+    preview = {tuple(reply["input_ids"]): reply["labels"] for reply in lens_replies(path, "sft")}
     seen = matching = 0
     for batch, _ in zip(trainer.get_train_dataloader(), range(4), strict=False):
         starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist() if "position_ids" in batch else []
@@ -302,10 +313,12 @@ def look_kto(path: str) -> None:
     """A real batch against the preview, its KL pairs, and whether Unsloth's memory-saving path is taken."""
     import torch
 
-    trainer, data = build(path, "kto")
-    preview = {tuple(e.tokens.input_ids): len(e.prompt_ids) for e in data.training.examples}
+    trainer, _ = build(path, "kto")
+    replies = lens_replies(path, "kto")
+    preview = {tuple(reply["input_ids"]): len(reply["input_ids"]) - reply["trained"] for reply in replies}
+    named = {(tuple(reply["input_ids"]), (reply["partner"] or {}).get("text")) for reply in replies}
     batch = next(iter(trainer.get_train_dataloader()))
-    right = paired = 0
+    right = paired = told = 0
     answers = []
     for ids, mask, trained in zip(batch["input_ids"], batch["attention_mask"], batch["completion_mask"], strict=True):
         whole = tuple(ids[mask.bool()].tolist())
@@ -314,8 +327,11 @@ def look_kto(path: str) -> None:
         answers.append((whole[:prompt], whole[prompt:]))
     for number, (ids, mask) in enumerate(zip(batch["KL_input_ids"], batch["KL_attention_mask"], strict=True)):
         paired += tuple(ids[mask.bool()].tolist()) == answers[number][0] + answers[number - 1][1]
+        words = trainer.processing_class.decode(answers[number - 1][1], clean_up_tokenization_spaces=False)
+        told += (answers[number][0] + answers[number][1], words[:4000]) in named
     check("kto: completions of a real batch are the preview's", right == len(answers), f"{right} of {len(answers)}")
     check("kto: each KL partner is the neighbour's completion", paired == len(answers), f"{paired} of {len(answers)}")
+    check("kto: the lens names that partner", told == len(answers), f"{told} of {len(answers)}")
     check("kto: a batch has both labels", 0 < int(batch["label"].sum()) < len(answers), batch["label"].tolist())
     trainer.model.train()
     with torch.no_grad(), trainer.compute_loss_context_manager():
