@@ -57,7 +57,7 @@ class CacheUnwritable(FinetuiError):
 def building(key: str) -> Iterator[Path]:
     """A folder to fill, which becomes the entry `key` when the block ends without an exception.
 
-    Raises CacheUnwritable where the cache cannot be written. Another process may finish the same entry first: its is kept.
+    Raises CacheUnwritable where the cache cannot be written. Where another process finished it first, its is kept.
     """
     root = data_cache()
     try:

@@ -73,7 +73,7 @@ def segments_words(stage: str, reply: Reply) -> Content:
             in_prompt = False
             lead = "" if not parts or str(parts[-1][0]).endswith("\n") else "\n"
             parts.append((f"{lead}completion, labelled {str(reply.get('label')).lower()}\n", f"bold {MUTED}"))
-        elif at in turns and len(turns) > 1 and stage != "kto":
+        elif at in turns and len(turns) > 1:
             turn = turns[at]
             lead = "" if not parts or str(parts[-1][0]).endswith("\n") else "\n"
             words = f"{turn['tokens']:,} tokens" + (f", {turn['trained']:,} trained" if turn["trained"] else "")

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from mutate import Sample, sample
 
+from core import data_pieces
 from core.data import read_rows
 from core.data_ledger import LEFT_OUT
 from core.data_look import Request, look
@@ -28,6 +29,7 @@ from core.data_reader import Rows
 from core.errors import FinetuiError
 
 LIMIT_S = 10
+PIECES = (13, 97, 1000, 1 << 22)
 
 
 def examined(path: Path) -> list[str]:
@@ -135,9 +137,13 @@ def run(files: int, first: int, keep: Path | None) -> collections.Counter[str]:
 
 
 def problem_of(made: Sample, folder: Path, outcomes: collections.Counter[str]) -> str:
-    """What a file found, as the last line of the traceback and where it arose; empty where nothing."""
+    """What a file found, as the last line of the traceback and where it arose; empty where nothing.
+
+    Files are cut into pieces of a few bytes or many, so that pieces end in every kind of place.
+    """
     path, target = folder / made.name, folder / "cleaned.jsonl"
     path.write_bytes(made.content)
+    kept, data_pieces.PIECE_BYTES = data_pieces.PIECE_BYTES, PIECES[len(made.content) % len(PIECES)]
     try:
         outcomes.update(examined(path))
         cleaned(path, target)
@@ -146,6 +152,7 @@ def problem_of(made: Sample, folder: Path, outcomes: collections.Counter[str]) -
         return f"{type(error).__name__}: {str(error)[:200]} ({Path(where.filename).name}:{where.lineno})"
     finally:
         path.unlink()
+        data_pieces.PIECE_BYTES = kept
     return ""
 
 
