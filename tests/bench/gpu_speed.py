@@ -1,0 +1,211 @@
+"""How fast the product trains on this GPU against scripts written by hand, on the same rows, model and rank.
+
+usage: python tests/bench/gpu_speed.py MODEL_DIR ROWS.jsonl [--rank R] [--only NAME ...] [--limit GIB]
+       python tests/bench/gpu_speed.py MODEL_DIR ROWS.jsonl --profile sft|kto [--variant NAME]
+
+Contests run one after the other, each alone on the GPU: the product as a detached run with everything on, the rival as
+tests/bench/by_hand.py. ROWS.jsonl holds conversations of a user's and an assistant's turn. `--profile` builds the
+product's trainer in this process and prints where two of its steps spend their time; `--variant` changes one thing of
+it, to find what costs: bf16 (the adapter in bf16, as TRL rounds it), quiet (no checkpointing asked of transformers, for
+Unsloth has put it on), padded. Needs an NVIDIA GPU with bitsandbytes and Unsloth.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+# name: (by hand, the product's settings)
+CONTESTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sft-packed": ("batch=3 accumulation=1 packing=1", {}),
+    "sft-padded": ("batch=6 accumulation=4", {"sft.gradient_checkpointing": "on"}),
+    "sft-large": (
+        "batch=6 accumulation=4 packing=1 steps=8",
+        {"sft.batch_size": 48, "sft.gradient_accumulation_steps": 4},
+    ),
+    "kto": ("method=kto batch=4 accumulation=2", {}),
+    "kto-open": ("method=kto batch=8 accumulation=1 checkpointing=0", {}),
+}  # fmt: skip
+
+
+def make_plan(options: argparse.Namespace, method: str, settings: dict[str, Any]) -> Any:
+    from core.backend import settle
+    from core.config import resolve
+
+    values: dict[str, Any] = {
+        "model.size": "7b", "model.name": str(options.model.absolute()), "model.load_in_4bit": True,
+        "lora.r": options.rank, "lora.alpha": 2 * options.rank, f"{method}.data.file": str(labelled(options)),
+        f"{method}.max_steps": options.steps, f"{method}.logging_steps": 1, f"{method}.save_steps": 1000,
+        f"{method}.max_length": 2048, **settings,
+    }  # fmt: skip
+    if method == "kto":
+        values["kto.max_prompt_length"] = 1536
+    if options.limit:
+        values["memory_limit"] = options.limit
+    named = {key: "bench" if key in settings else "preset bench" for key in values}
+    found = resolve(method, None, {key: (value, named[key]) for key, value in values.items()}, gpu_present=True)
+    return settle(found)
+
+
+def labelled(options: argparse.Namespace) -> Path:
+    """The rows with every second one labelled good, as the rival labels them."""
+    target = options.runs.absolute() / "rows.jsonl"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with options.rows.open(encoding="utf-8") as stream:
+            rows = [json.loads(line) for line in stream if line.strip()]
+        lines = (json.dumps({**row, "label": number % 2 == 0}) for number, row in enumerate(rows))
+        target.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return target
+
+
+def product(options: argparse.Namespace, name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """A detached run; its pace from the fourth step on."""
+    from core import runner
+    from core.runs import create_run, is_alive
+
+    method = name.split("-")[0]
+    extra = {"sft.data.include_undesirable": True} if method == "sft" else {}
+    run = create_run(options.runs, make_plan(options, method, {**settings, **extra}))
+    begun = time.time()
+    runner.start(run)
+    while is_alive(run):
+        time.sleep(0.3)
+    events = [json.loads(line) for line in run.events_path.read_text(encoding="utf-8").splitlines()]
+    logs = [event for event in events if event["kind"] == "log"]
+    if len(logs) < 6:
+        errors = [event["message"][:200] for event in events if event["kind"] == "error"]
+        return {"error": errors[-1:] or "too few steps"}
+    batch = run.plan().stage(method).effective_batch
+    paces = [after["t"] - before["t"] for before, after in zip(logs[3:], logs[4:], strict=False)]
+    tokens = [event.get("tokens_per_s") for event in logs[4:] if event.get("tokens_per_s")]
+    told = [event for event in events if event["kind"] == "arrangement"]
+    phases = {event["name"]: event["seconds"] for event in events if event["kind"] == "phase" and "seconds" in event}
+    return {
+        "examples_per_s": round(batch * len(paces) / sum(paces), 2), "examples_a_step": batch,
+        "tokens_per_s": round(statistics.median(tokens)) if tokens else None,
+        "reserved_gib": round(max(event.get("vram_peak_bytes", 0) for event in logs) / 2**30, 2),
+        "first_step_s": round(logs[0]["t"] - begun, 1), "phases": phases,
+        "arrangement": told[-1] if told else None,
+    }  # fmt: skip
+
+
+def by_hand(options: argparse.Namespace, words: str) -> dict[str, Any]:
+    command = [sys.executable, str(HERE / "by_hand.py"), str(options.model.absolute()), str(options.rows.absolute())]
+    command += [f"steps={options.steps}", f"rank={options.rank}", *words.split()]
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
+    return json.loads(line[7:]) if line else {"error": done.stderr[-400:]}
+
+
+def profiled(trainer: Any) -> None:
+    """Train a dozen steps and print where two of them spend their time."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+    from transformers import TrainerCallback
+
+    watch = profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU])
+    stamps: list[float] = []
+
+    class Window(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            torch.cuda.synchronize()
+            stamps.append(time.time())
+            if len(stamps) == 9:
+                watch.start()
+            if len(stamps) == 11:
+                watch.stop()
+
+    trainer.add_callback(Window())
+    trainer.train()
+    print("seconds a step:", [round(b - a, 3) for a, b in zip(stamps, stamps[1:], strict=False)])
+    found = watch.key_averages()
+    busy = sum(entry.self_device_time_total for entry in found) / 1e6
+    print(f"two steps: {stamps[10] - stamps[8]:.3f} s, the GPU busy {busy:.3f} s")
+    for entry in sorted(found, key=lambda entry: -entry.self_device_time_total)[:24]:
+        print(f"  GPU {entry.self_device_time_total / 1e3:9.1f} ms {entry.count:6d} × {entry.key[:90]}")
+    for entry in sorted(found, key=lambda entry: -entry.self_cpu_time_total)[:14]:
+        print(f"  CPU {entry.self_cpu_time_total / 1e3:9.1f} ms {entry.count:6d} × {entry.key[:70]}")
+
+
+def look_inside(options: argparse.Namespace) -> None:
+    import unsloth  # noqa: F401, I001 - it patches the libraries after it
+    import torch
+
+    from core import train
+    from core.fit import planned_arrangement
+    from core.prepare import prepare
+    from core.runs import Run
+    from core.sources import model_source
+    from core.train_events import Reporter
+
+    method = options.profile
+    settings: dict[str, Any] = {f"{method}.gradient_checkpointing": "on"}
+    settings |= {"sft.batch_size": 24, "sft.gradient_accumulation_steps": 1} if method == "sft" else {}
+    if options.variant == "padded":
+        settings["sft.padding_free"] = "off"
+    plan = make_plan(options, method, settings).plan
+    plan.sft.data.include_undesirable = True
+    stage = planned_arrangement(plan.stage(method)).applied(plan.stage(method))
+    source = model_source(plan.model, print)
+    tokenizer, template, _ = train.load_tokenizer(plan, source)
+    loaded = train.Loaded(train.load_model(plan, source, stage), tokenizer, template)
+    data = prepare(stage, method, template, print)
+    if options.variant == "quiet":
+        stage = stage.model_copy(update={"gradient_checkpointing": "off"})
+    run = Run(Path(tempfile.mkdtemp()))
+    build: Any = train.kto_trainer if method == "kto" else train.sft_trainer
+    with train.adapter_kept(loaded.model):
+        trainer = build(plan, stage, loaded, data, run.stage_path(method), Reporter(run, method))
+    if options.variant == "bf16":
+        for parameter in loaded.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(torch.bfloat16)
+    profiled(trainer)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("rows", type=Path)
+    parser.add_argument("--runs", type=Path, default=Path("runs-speed"))
+    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=14)
+    parser.add_argument("--limit", type=float, help="GiB the product may take; default: what is free")
+    parser.add_argument("--only", nargs="+", choices=CONTESTS, default=list(CONTESTS))
+    parser.add_argument("--profile", choices=("sft", "kto"))
+    parser.add_argument("--variant", choices=("bf16", "quiet", "padded"))
+    options = parser.parse_args()
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
+    os.environ["FINETUI_RUNS"] = str(options.runs.absolute())
+    if options.profile:
+        look_inside(options)
+        return
+    print(f"{'contest':<12}{'by hand':>9}{'finetui':>9}{'ratio':>7}  examples/s   GiB by hand, finetui   first step")
+    for name in options.only:
+        words, settings = CONTESTS[name]
+        other, ours = by_hand(options, words), product(options, name, settings)
+        if "error" in other or "error" in ours:
+            print(f"{name:<12}", other, ours, flush=True)
+            continue
+        ratio = ours["examples_per_s"] / other["examples_per_s"]
+        print(
+            f"{name:<12}{other['examples_per_s']:>9.2f}{ours['examples_per_s']:>9.2f}{ratio:>7.2f}"
+            f"{'':13}{other['reserved_gib']:>8.2f}{ours['reserved_gib']:>9.2f}"
+            f"{'':8}{other['first_step_s']:>6.0f} s, {ours['first_step_s']:.0f} s", flush=True,
+        )  # fmt: skip
+        print("   ", json.dumps({"by hand": other, "finetui": ours}), flush=True)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(REPOSITORY))
+    main()
