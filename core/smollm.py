@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import http.client
 import json
 import os
 import shutil
 import subprocess
 import sys
-import threading
-import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from core.errors import FinetuiError
+from core.sources import hub_status
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,7 +36,6 @@ HUB_FILES = ["model.safetensors", "config.json", "generation_config.json", "toke
 HUB_EXTRAS = ["special_tokens_map.json", "chat_template.jinja"]
 REQUIRED_FILES = [*HUB_FILES, "SOURCE.txt"]
 
-HUB_TIMEOUT_S = 3.0
 DOWNLOAD_TIMEOUT_S = 1800.0
 NEEDED_BYTES = 1_000_000_000
 
@@ -124,7 +121,7 @@ def _from_hub(staging: Path, notify: Notify) -> str | None:
     """Copy the model from the Hub or from its local cache into `staging`; None when neither has it."""
     from huggingface_hub import constants, snapshot_download
 
-    reachable = not constants.HF_HUB_OFFLINE and _answers(f"{constants.ENDPOINT}/{MODEL_ID}/resolve/main/config.json")
+    reachable = (hub_status(f"{MODEL_ID}/resolve/main/config.json") or 404) < 400
     if reachable:
         notify(f"Downloading {MODEL_ID} from {constants.ENDPOINT} (270 MB).")
     try:
@@ -141,22 +138,6 @@ def _from_hub(staging: Path, notify: Notify) -> str | None:
         if (snapshot / name).is_file():
             shutil.copyfile(snapshot / name, staging / name)
     return _source_text(f"{constants.ENDPOINT}/{MODEL_ID}", f"commit {snapshot.name}", "Copied as published.")
-
-
-def _answers(url: str) -> bool:
-    """Whether `url` gives any answer below 400 within HUB_TIMEOUT_S, name resolution included."""
-    answers: list[bool] = []
-
-    def ask() -> None:
-        request = urllib.request.Request(url, method="HEAD", headers={"User-Agent": "finetui"})
-        with contextlib.suppress(OSError, ValueError, http.client.HTTPException):
-            with urllib.request.urlopen(request, timeout=HUB_TIMEOUT_S) as response:
-                answers.append(response.status < 400)
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(HUB_TIMEOUT_S)
-    return bool(answers) and answers[0]
 
 
 # PyPI ---------------------------------------------------------------------------------------------------------------

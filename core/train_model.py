@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from core.chat import Template, set_template
 from core.errors import FinetuiError
 from core.plan import Plan, StagePlan
-from core.sources import HUB_ADVICE, ModelSource, hub_reason, hub_token
+from core.sources import HUB_ADVICE, ModelSource, hub_reason, hub_token, offline_unless_reachable
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -35,6 +35,7 @@ def load_tokenizer(plan: Plan, source: ModelSource) -> tuple[PreTrainedTokenizer
     place: Any = {"token": hub_token(), "trust_remote_code": plan.model.trust_remote_code}
     if not source.local:
         place["revision"] = plan.model.revision
+        offline_unless_reachable()
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(beside or source.base), **({} if beside else place))
         config = AutoConfig.from_pretrained(source.base, **place).to_dict()

@@ -15,7 +15,7 @@ from test_data import as_parquet
 from core.data_hub import HubRows, fetch, first_rows, here, listing
 from core.errors import FinetuiError
 from core.plan import DataPlan
-from core.sources import data_sources
+from core.sources import data_sources, hub_status, offline_unless_reachable
 
 
 def jsonl(*rows: Any) -> bytes:
@@ -187,3 +187,18 @@ def test_a_look_of_the_app_offers_the_set_and_fetches_it_when_asked(hub: Hub) ->
 def test_a_card_that_makes_no_sense_is_passed_over(hub: Hub, card: str) -> None:
     hub.repositories = {"us/odd": {"main": {"README.md": card.encode(), "train.jsonl": jsonl(good("a"))}}}
     assert listing(HubRows("us/odd"))["chosen"] == ["train.jsonl"]
+
+
+def test_a_hub_that_gives_no_answer_is_asked_once_and_the_cache_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with serving(REPOSITORIES) as (_, address):
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        assert hub_status("api/datasets/us/one") == 200
+        assert hub_status() == 404
+        offline_unless_reachable()
+        assert not constants.HF_HUB_OFFLINE
+    assert hub_status() is None
+    offline_unless_reachable()
+    assert constants.is_offline_mode()
