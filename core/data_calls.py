@@ -14,7 +14,7 @@ JSON_TYPES: dict[str, tuple[type, ...]] = {
     "object": (dict,), "null": (type(None),),
 }  # fmt: skip
 Call = tuple[str, Any]
-"""The tool's name and its arguments; None where they are not JSON."""
+"""The tool's name and its arguments; None where they are missing or no JSON object: servers take neither for a call."""
 
 
 def calls_of(message: dict[str, Any]) -> list[Call]:

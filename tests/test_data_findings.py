@@ -164,7 +164,7 @@ def test_the_defects_of_the_real_files_are_found(name: str, method: str, kind: s
         (f"Gladly.\n{CALL}\n\n{CALL}", [("set_timer", {"minutes": 5})] * 2),
         ("tool_call: a\nno arguments", [("a", None)]),
         ('<tool_call>{"name": "a", "arguments": {"x": 1}}</tool_call> <tool_call>{"name": "b"}</tool_call>',
-         [("a", {"x": 1}), ("b", {})]),
+         [("a", {"x": 1}), ("b", None)]),
         ("<tool_call>{oops</tool_call>", [("", None)]),
         ('[TOOL_CALLS] [{"name": "a", "arguments": "{\\"x\\": 1}"}]', [("a", {"x": 1})]),
         ("[TOOL_CALLS] oops", [("", None)]),
