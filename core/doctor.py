@@ -25,7 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from core import gguf_tools, smollm
-from core.gpu import GpuReport, gpu_report
+from core.gpu import GpuReport, gpu_report, in_wsl
 from core.paths import cache_dir, runs_dir
 
 Status = Literal["ok", "note", "warn", "fail"]
@@ -35,7 +35,6 @@ TESTED_TORCH = {"2.13.0": "on a CPU, Python 3.11", "2.11.0": "on a GPU, CUDA 13.
 TESTED = {"transformers": "5.17.0", "trl": "1.14.2", "peft": "0.21.2", "datasets": "4.8.5", "textual": "8.2.8"}
 GPU_EXTRA = ("unsloth", "bitsandbytes")
 
-OSRELEASE = Path("/proc/sys/kernel/osrelease")
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 WINDOWS_USERS = Path("/mnt/c/Users")
 SYSTEMD = Path("/run/systemd/system")
@@ -164,9 +163,9 @@ def _torch(report: GpuReport) -> Iterator[Check]:
 def _gpus(report: GpuReport) -> Iterator[Check]:
     if not report.samples:
         advice = "Training runs on the CPU, which is for small models and for trying things out."
-        if _is_wsl():
+        if in_wsl():
             advice = "Install NVIDIA's driver in Windows (none in Linux); /usr/lib/wsl/lib must hold libnvidia-ml.so.1."
-        yield Check("GPU", "warn" if _is_wsl() else "note", report.reason or "No GPU was found.", advice)
+        yield Check("GPU", "warn" if in_wsl() else "note", report.reason or "No GPU was found.", advice)
     for card in report.samples:
         name, text = f"GPU {card.index}", card.name or "unknown model"
         if card.memory_total_bytes is None or card.memory_free_bytes is None:
@@ -190,7 +189,7 @@ def _machine(report: GpuReport) -> Iterator[Check]:
     with contextlib.suppress(OSError, ValueError):  # a container's limit; "max" where there is none
         memory = min(memory, int(CGROUP_LIMIT.read_text()))
     text = f"{cores} CPU cores, {memory / GIB:.1f} GiB of RAM"
-    advice = "Set memory= in [wsl2] of .wslconfig; WSL2 takes half of the RAM otherwise." if _is_wsl() else ""
+    advice = "Set memory= in [wsl2] of .wslconfig; WSL2 takes half of the RAM otherwise." if in_wsl() else ""
     if memory < 4 * GIB:
         yield Check("machine", "warn", f"{text}: the demo needs 3, a 7B model on a GPU about 8.", advice)
     elif memory < 12 * GIB:
@@ -215,7 +214,7 @@ def _disk(name: str, folder: Path, enough_gb: int, why: str, advice: str) -> Che
         return Check(name, "fail", f"{folder} cannot be written by this user.", advice)
     if free < 2:
         return Check(name, "fail", f"{text}; even the demo needs 2.", advice)
-    if kind in WINDOWS_DISKS and _is_wsl():
+    if kind in WINDOWS_DISKS and in_wsl():
         text += "; a Windows disk, slow from Linux, and its file locks (which tell if a run is alive) may not hold."
         return Check(name, "warn", text, "Work under your Linux home (cd ~), not under /mnt/c.")
     if kind.startswith(NETWORK_DISKS):
@@ -272,12 +271,8 @@ def _gguf(report: GpuReport) -> Iterator[Check]:
         yield Check("GGUF", "note", "llama.cpp's tools are not installed; only GGUF files need them.", gguf_tools.HOW)
 
 
-def _is_wsl() -> bool:
-    return OSRELEASE.is_file() and "microsoft" in OSRELEASE.read_text().lower()
-
-
 def _wsl(report: GpuReport) -> Iterator[Check]:
-    if not _is_wsl():
+    if not in_wsl():
         return
     if any(_never_idle(path) for path in WINDOWS_USERS.glob("*/.wslconfig")):
         yield Check("WSL2", "ok", ".wslconfig keeps WSL running when its last terminal closes")

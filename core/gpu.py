@@ -5,7 +5,10 @@ import threading
 import time
 from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
+
+OSRELEASE = Path("/proc/sys/kernel/osrelease")
 
 # Codes after which a handle is worthless: uninitialised, driver not loaded, GPU lost, reset required, version mismatch.
 LOST = {1, 9, 15, 16, 18}
@@ -32,6 +35,11 @@ THROTTLE = {
 }
 
 NOT_AVAILABLE = {0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF}  # how some drivers spell "no value" in a field that is there
+
+
+def in_wsl() -> bool:
+    """Whether this is Linux inside Windows (WSL2, Docker on it): the GPU is reached through Windows' driver."""
+    return OSRELEASE.is_file() and "microsoft" in OSRELEASE.read_text().lower()
 
 
 @dataclass(frozen=True)

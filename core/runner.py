@@ -47,7 +47,6 @@ CHILD_ENV = {
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONUNBUFFERED": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
     "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # counts as nvidia-smi and NVML do
     "UNSLOTH_MOE_STACKED_LORA": "0",  # TRL's KTO copies an adapter by its parameters' names, which stacking hides
     # Threads that spin while they wait starve each other when anything else runs: 4 times slower on two busy cores.
@@ -121,8 +120,14 @@ def _spawn(
 
 def stage_environment(plan: "Plan") -> dict[str, str]:
     """What a stage's process must find in its environment before it imports anything: its backend and its GPU."""
-    chosen = {"CUDA_VISIBLE_DEVICES": str(plan.gpu)} if plan.gpu is not None and plan.device == "cuda" else {}
-    return {"FINETUI_BACKEND": plan.backend, **chosen}
+    chosen: dict[str, str] = {"FINETUI_BACKEND": plan.backend}
+    if plan.device == "cuda" and plan.gpu is not None:
+        chosen["CUDA_VISIBLE_DEVICES"] = str(plan.gpu)
+    given = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys()
+    # In WSL2 such segments end in "CUDA driver error: unknown error" (pytorch/pytorch#192330).
+    if plan.device == "cuda" and not given and not gpu.in_wsl():
+        chosen["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+    return chosen
 
 
 def _end_group(pid: int, reap: Callable[[], object] = bool) -> None:

@@ -22,6 +22,7 @@ from core.best import history_of, patience_is_over
 from core.data_ledger import LEDGER
 from core.errors import FinetuiError
 from core.fit import Arrangement, keep_arrangement, kept_arrangement, planned_arrangement, smaller_batches
+from core.gpu import in_wsl
 from core.lineage import file_hashes
 from core.plan import KTOPlan, Plan, SFTPlan, StagePlan
 from core.prepare import StageData, kto_weights, planned_steps, prepare
@@ -192,7 +193,7 @@ def arguments(plan: Plan, stage: StagePlan, folder: Path, run_name: str) -> dict
         "fp16": plan.device == "cuda" and plan.model.dtype == "fp16",
         "use_cpu": plan.device == "cpu",
         "dataloader_num_workers": 0,
-        "dataloader_pin_memory": plan.device == "cuda",
+        "dataloader_pin_memory": plan.device == "cuda" and not in_wsl(),  # WSL2 pins little, and fails past it
         "report_to": plan.tracking.report_to or "none",
         "run_name": plan.tracking.run_name or run_name,
         "project": plan.tracking.project or "finetui",

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from core import doctor, smollm
+from core import doctor, gpu, smollm
 from core.doctor import GIB, Check, checks, worst
 from core.gpu import GpuReport, GpuSample
 
@@ -29,7 +29,7 @@ NO_GPU = GpuReport(reason="No NVIDIA driver was found.")
 def a_plain_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A Linux machine in good order: no WSL, no systemd, no GPU, no network."""
     monkeypatch.setattr(doctor, "gpu_report", lambda: NO_GPU)
-    monkeypatch.setattr(doctor, "OSRELEASE", tmp_path / "osrelease")
+    monkeypatch.setattr(gpu, "OSRELEASE", tmp_path / "osrelease")
     monkeypatch.setattr(doctor, "SYSTEMD", tmp_path / "systemd")
     monkeypatch.setattr(doctor, "CGROUP_LIMIT", tmp_path / "memory.max")
     monkeypatch.setattr(doctor, "WINDOWS_USERS", tmp_path / "Users")
@@ -208,7 +208,7 @@ def test_the_demo_model_is_there_or_has_a_source(versions: dict[str, str], monke
 
 def test_wsl_warns_that_it_ends_runs_unless_told_not_to(monkeypatch: pytest.MonkeyPatch) -> None:
     assert named("WSL2") == []
-    doctor.OSRELEASE.write_text("6.6.87.2-microsoft-standard-WSL2\n")
+    gpu.OSRELEASE.write_text("6.6.87.2-microsoft-standard-WSL2\n")
     assert the("WSL2").status == "warn" and "instanceIdleTimeout=-1" in the("WSL2").advice
     assert the("GPU").status == "warn" and "driver in Windows" in the("GPU").advice
 
@@ -223,7 +223,7 @@ def test_wsl_warns_that_it_ends_runs_unless_told_not_to(monkeypatch: pytest.Monk
 
 
 def test_wsl_warns_of_a_windows_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    doctor.OSRELEASE.write_text("microsoft-standard-WSL2")
+    gpu.OSRELEASE.write_text("microsoft-standard-WSL2")
     monkeypatch.setattr(doctor.psutil, "disk_partitions", mounted("9p"))
     assert the("runs").status == "warn" and "/mnt/c" in the("runs").advice
 

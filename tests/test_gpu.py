@@ -1,8 +1,10 @@
 """The sampler against a pretended NVML: whatever the driver does, there are values and sentences, never exceptions."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -10,6 +12,8 @@ import pytest
 
 from core import gpu
 from core.gpu import GpuSample, Sampler, sample_as_event
+from core.plan import Plan
+from core.runner import stage_environment
 
 GIB = 1 << 30
 NOT_SUPPORTED, DRIVER_NOT_LOADED, LIBRARY_NOT_FOUND, FUNCTION_NOT_FOUND, GPU_IS_LOST = 3, 9, 12, 13, 15
@@ -237,3 +241,25 @@ def test_the_real_machine_gives_cards_or_a_reason() -> None:
     assert int(count) > 0 or reason.strip()
     for card in gpu.gpus():
         assert card.name and card.memory_total_bytes
+
+
+@pytest.mark.parametrize(
+    ("kernel", "device", "given", "wanted"),
+    [
+        ("6.8.0-generic", "cuda", {}, "expandable_segments:True"),
+        ("6.6.87.2-microsoft-standard-WSL2", "cuda", {}, None),
+        ("6.8.0-generic", "cuda", {"PYTORCH_ALLOC_CONF": "expandable_segments:False"}, None),
+        ("6.8.0-generic", "cpu", {}, None),
+    ],
+)
+def test_memory_grows_in_segments_except_where_wsl2_would_end_it_or_the_user_chose(
+    kernel: str, device: str, given: dict[str, str], wanted: str | None,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    (tmp_path / "osrelease").write_text(kernel)
+    monkeypatch.setattr(gpu, "OSRELEASE", tmp_path / "osrelease")
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setitem(os.environ, name, value)
+    assert stage_environment(Plan(device=device)).get("PYTORCH_CUDA_ALLOC_CONF") == wanted
