@@ -29,6 +29,7 @@ from core.turns import device_of, holder, take_turn
 
 if TYPE_CHECKING:
     from core.plan import Plan
+    from core.ready import Ready, ReadyTrainer
 
 LOCK_ENV = "FINETUI_LOCK_FD"
 ON_END_ENV = "FINETUI_ON_END"
@@ -58,18 +59,23 @@ _started: list[subprocess.Popen[bytes]] = []
 __all__ = ["abort", "create_run", "find_run", "resume", "start"]
 
 
-def start(run: Run, *task: str) -> int:
+def start(run: Run, *task: str, ready: "Ready | None" = None) -> int:
     """Start the runner of `run` in a session of its own and return its process id.
 
     With `task`, ``"evaluate", NAME``, it does that alone, to a run that has ended, and leaves the run's end as it was.
-    The lock is taken here and inherited. Raises FinetuiError when the run is alive already.
+    The lock is taken here and inherited. A runner that is `ready` becomes this run's if it can.
+    Raises FinetuiError when the run is alive already.
     """
     handle = take_lock(run)
     try:
         for request in (run.stop_path, run.abort_path):
             request.unlink(missing_ok=True)
         with run.log_path.open("ab") as log:
-            process = _spawn([sys.executable, "-P", "-m", "core.runner", str(run.path), *task], run.path, log, handle)
+            if ready and ready.start(str(run.path), stage_environment(run.plan()), [handle, log.fileno()]):
+                process = ready.process
+            else:
+                command = [sys.executable, "-P", "-m", "core.runner", str(run.path), *task]
+                process = _spawn(command, run.path, log, handle)
     except OSError as error:
         raise FinetuiError(f"The runner of {run.name} cannot be started: {error}.", "Check disk and memory.") from error
     finally:
@@ -103,7 +109,7 @@ def abort(run: Run) -> None:
 
 
 def _spawn(
-    command: list[str], folder: Path, log: IO[bytes], handle: int, turn: int | None = None, **more: str
+    command: Sequence[str], folder: Path, log: IO[bytes], handle: int, turn: int | None = None, **more: str
 ) -> subprocess.Popen[bytes]:
     environment = {**CHILD_ENV, **os.environ, **more, LOCK_ENV: str(handle)}
     folder.mkdir(parents=True, exist_ok=True)
@@ -154,8 +160,10 @@ def _end_group(pid: int, reap: Callable[[], object] = bool) -> None:
 class Runner:
     """Walks the stages of one run; `walk` returns when the run has ended."""
 
-    def __init__(self, run: Run, plan: "Plan", lock: int, task: Sequence[str] = ()) -> None:
-        self.run, self.plan, self.lock, self.task = run, plan, lock, task
+    def __init__(
+        self, run: Run, plan: "Plan", lock: int, task: Sequence[str] = (), ready: "ReadyTrainer | None" = None
+    ) -> None:
+        self.run, self.plan, self.lock, self.task, self.ready = run, plan, lock, task, ready
         self.sampler = gpu.Sampler()
         self.next_sample = 0.0
         self.turn: int | None = None
@@ -257,14 +265,14 @@ class Runner:
         more = of if stage == "evaluate" else [base] if base and stage in TRAINING_STAGES else []
         command = [sys.executable, "-P", "-m", module, str(self.run.path), stage, *more]
         position = self.run.log_path.stat().st_size if self.run.log_path.exists() else 0
-        folder, chosen = self.run.stage_path(stage), stage_environment(self.plan)
-        with self.run.log_path.open("ab") as log:
-            child = _spawn(command, folder, log, self.lock, self.turn, **chosen)
+        child, ready = self._child(command, self.run.stage_path(stage))
         self.run.events.append(
             "stage_start", index=index, name=stage, base=base, pid=child.pid, pid_started=_created(child.pid)
         )
         aborted = self._follow(child)
         code = child.returncode
+        if ready and not aborted and not ready.took():  # it died of something at an import: now the log will tell
+            return self._stage(index, stage, base, of)
         if code == EXIT_REFIT and not aborted:
             self.run.events.append("stage_end", index=index, name=stage, status="refit", exit=_exit_words(code))
             return "stopped" if self.stop_asked() else self._stage(index, stage, base)
@@ -280,6 +288,19 @@ class Runner:
         if status == "failed" and code < 0:
             self._explain_signal(stage, -code)
         return status
+
+    def _child(
+        self, command: Sequence[str], folder: Path
+    ) -> tuple[subprocess.Popen[bytes], "ReadyTrainer | None"]:
+        """A stage's process: the trainer in waiting, told beside it, or a new one."""
+        ready, self.ready = self.ready, None
+        with self.run.log_path.open("ab") as log:
+            files = [log.fileno(), self.lock, *([] if self.turn is None else [self.turn])]
+            if ready and "core.train" in command:
+                folder.mkdir(parents=True, exist_ok=True)
+                if child := ready.take(command[4:], str(folder), files):
+                    return child, ready
+            return _spawn(command, folder, log, self.lock, self.turn, **stage_environment(self.plan)), None
 
     def _follow(self, child: subprocess.Popen[bytes]) -> bool:
         """Wait for the child, sampling; True when it was ended on request."""
@@ -342,7 +363,7 @@ def _exit_words(code: int) -> str:
     return f"signal {-code}"
 
 
-def main() -> int:
+def main(ready: "ReadyTrainer | None" = None) -> int:
     """The runner's process: ``python -P -m core.runner RUN``, with the lock inherited."""
     run = Run(Path(sys.argv[1]))
     inherited = os.environ.pop(LOCK_ENV, None)
@@ -353,7 +374,7 @@ def main() -> int:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     try:
-        runner = Runner(run, run.plan(), lock, sys.argv[2:])
+        runner = Runner(run, run.plan(), lock, sys.argv[2:], ready)
         if hasattr(signal, "SIGTERM"):
             signal.signal(signal.SIGTERM, runner.on_signal)
         return runner.walk()
@@ -363,6 +384,8 @@ def main() -> int:
         run.events.append("task_end" if sys.argv[2:] else "run_end", status="failed")
         raise
     finally:
+        if ready:
+            ready.end()
         os.close(lock)  # what is started now finds the run ended
         if on_end:
             tell_end(run, on_end)

@@ -26,6 +26,7 @@ from core.gpu import in_wsl
 from core.lineage import file_hashes
 from core.plan import KTOPlan, Plan, SFTPlan, StagePlan
 from core.prepare import StageData, kto_weights, planned_steps, prepare
+from core.ready import await_stage
 from core.runner import EXIT_REFIT, EXIT_STOPPED
 from core.runs import Run, write_manifest
 from core.sources import ModelSource, model_source
@@ -47,6 +48,8 @@ OWNED = {
 
 def main() -> int:
     """Returns 0 when the stage is done, 1 when it failed, EXIT_STOPPED after a stop with checkpoint."""
+    if sys.argv[1:] == ["--ready"] and not await_stage():
+        return 0
     run, stage, base = Run(Path(sys.argv[1])), sys.argv[2], (sys.argv[3] if len(sys.argv) > 3 else "")
     reporter = Reporter(run, stage)
     try:

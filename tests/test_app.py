@@ -51,7 +51,7 @@ async def test_enter_on_an_empty_history_is_the_demo_and_enter_starts_it(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[Run] = []
-    monkeypatch.setattr("tui.wizard.runner.start", started.append)
+    monkeypatch.setattr("tui.wizard.runner.start", lambda run, ready: started.append(run))
     app = FinetuiApp(folder)
     async with app.run_test(size=(80, 24)) as pilot:
         await shows(pilot, "Welcome")

@@ -8,6 +8,7 @@ from typing import Any
 
 import psutil
 import pytest
+from conftest import finish, wait_until
 from pilots import CONTROLS, HOSTILE, frame, shows, until
 from textual.app import App
 from textual.widgets import Input
@@ -17,6 +18,7 @@ from core.backend import settle
 from core.config import resolve
 from core.gpu import GpuSample
 from core.paths import configs_dir
+from core.ready import Ready
 from core.runs import Run, create_run, write_manifest
 from core.sources import ModelSource
 from core.turns import take_turn
@@ -273,6 +275,32 @@ async def test_a_key_of_the_review_lets_the_run_start_after_the_one_that_has_the
         await shows(pilot, "when another-run, which trains on this device now, has ended")
     os.close(handle)
     assert draft.values == {"wait_gpu": "true"}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="open files cannot be handed over on Windows")
+async def test_a_trainer_gets_ready_while_the_review_is_read_and_is_the_runs_own_or_goes(
+    tmp_path: Path, tiny_model: Path, rows_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("core.ready.TRIED", {"trl"})
+    monkeypatch.setattr("core.ready.WORTH_BYTES", 0)
+    monkeypatch.setattr("tui.wizard.READ_S", 0.0)
+    kept: list[Ready] = []
+    monkeypatch.setattr("core.ready.Ready", lambda environment: kept.append(Ready(environment)) or kept[-1])
+    app = WizardApp(draft_of("sft", tiny_model, rows_file(), 4), tmp_path)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await shows(pilot, "✔ ready")
+        await until(pilot, lambda: kept)
+        await pilot.press("escape")  # back to the settings and here again: the same one waits
+        await until(pilot, lambda: app.wizard.draft.step == 3)
+        await pilot.press("enter")
+        await shows(pilot, "✔ ready")
+        await pilot.press("enter")
+        run = await until(pilot, lambda: app.given)
+    assert len(kept) == 1 and finish(run) == "done" and run.state().start["pid"] == kept[0].process.pid
+    again = WizardApp(draft_of("sft", tiny_model, rows_file(), 4), tmp_path)
+    async with again.run_test(size=(80, 24)) as pilot:
+        await until(pilot, lambda: len(kept) == 2)
+    wait_until(lambda: kept[1].process.poll() is not None)
 
 
 def test_the_estimate_of_an_adapter_and_its_checkpoints_is_what_training_wrote(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from core.config import save_plan
 from core.errors import FinetuiError
 from core.lens import Lens
 from core.plan import Plan
+from core.ready import Standby
 from core.runs import Run, create_run
 from core.text import clean
 from tui.completion import remember
@@ -34,6 +35,8 @@ from tui.settings import ReviewPage, SettingsPage
 from tui.widgets import Room, StepBar
 
 DEBOUNCE_S = 0.15
+READ_S = 1.0
+"""On the review for so long, a person is reading it."""
 
 
 class WizardScreen(Room[Run | None]):
@@ -94,9 +97,11 @@ class WizardScreen(Room[Run | None]):
         self.inspection = Inspection(self.post_message)
         self.judgement: WizardScreen.Judged | None = None
         self.foreseen: Forecast | None = None
+        self.standby = Standby()
 
     def on_unmount(self) -> None:
         self.inspection.close()
+        self.standby.close()
 
     @property
     def lens(self) -> Lens:
@@ -315,6 +320,16 @@ class WizardScreen(Room[Run | None]):
         lines = [Content.styled(f"! {clean(warning, 400)}", "$text-warning") for warning in warnings]
         ready = Content.assemble(("✔ ready", "bold $text-success"), "  Enter starts it; it goes on when you leave.")
         self.say_verdict(Content("\n").join([ready, *lines]))
+        if self.plan:
+            self.have_trainer_wait(self.plan)
+
+    @work(thread=True, exclusive=True, group="ready", exit_on_error=False)
+    def have_trainer_wait(self, plan: Plan) -> None:
+        """Let a trainer import what it needs while the review is read."""
+        worker = get_current_worker()
+        Event().wait(READ_S)
+        if not worker.is_cancelled and not self.starting:
+            self.standby.prepare(plan)
 
     def say_verdict(self, words: Content) -> None:
         if isinstance(self.page, ReviewPage):
@@ -425,7 +440,7 @@ class WizardScreen(Room[Run | None]):
                 raise next(iter(found.problems.values()))
             preflight(found.resolved.plan)
             run = create_run(self.runs_folder, found.resolved)
-            runner.start(run)
+            runner.start(run, ready=self.standby.take())
             with contextlib.suppress(FinetuiError):
                 remember(self.draft)
         except FinetuiError as error:
