@@ -11,8 +11,9 @@ from typing import Any
 
 from core.config import size_presets
 from core.errors import FinetuiError
+from core.hub import HUB_ADVICE, hub_reason, hub_token
 from core.plan import Plan
-from core.sources import DEMO_MODEL, HUB_ADVICE, Notify, hub_reason, hub_token, model_source, read_json
+from core.sources import DEMO_MODEL, Notify, model_source, read_json
 
 DEQUANTISED = "dequantised"
 FOUR_BIT_ENDS = ("-unsloth-bnb-4bit", "-bnb-4bit")

@@ -19,8 +19,8 @@ import yaml
 
 from core.data_files import DATA_SUFFIXES, raw_rows
 from core.errors import FinetuiError
+from core.hub import HUB_ADVICE, hub_reason, hub_token
 from core.plan import DataPlan
-from core.sources import HUB_ADVICE, hub_reason, hub_token
 
 LOOK_BYTES = 512 << 10
 SPLITS = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"), "test": ("test", "eval")}

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from core.errors import FinetuiError
-from core.sources import hub_status
+from core.hub import hub_status
 
 if TYPE_CHECKING:
     import numpy as np

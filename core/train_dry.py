@@ -16,10 +16,11 @@ if os.environ.get("FINETUI_BACKEND") == "unsloth" and sys.argv[2:] == ["load"]:
 
 from core.config import load_plan
 from core.errors import FinetuiError
+from core.hub import hub_token
 from core.memory import KEPT_LENGTHS
 from core.plan import KTOPlan, Plan
 from core.prepare import Part, kto_weights, planned_steps, prepare
-from core.sources import ModelSource, hub_token, model_source
+from core.sources import ModelSource, model_source
 from core.train import checked_extra
 from core.train_model import load_model, load_tokenizer
 

@@ -11,8 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 from core.chat import Template, set_template
 from core.errors import FinetuiError
+from core.hub import HUB_ADVICE, hub_reason, hub_token, offline_unless_reachable
 from core.plan import Plan, StagePlan
-from core.sources import HUB_ADVICE, ModelSource, hub_reason, hub_token, offline_unless_reachable
+from core.sources import ModelSource
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

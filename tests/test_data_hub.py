@@ -14,8 +14,9 @@ from test_data import as_parquet
 
 from core.data_hub import HubRows, fetch, first_rows, here, listing
 from core.errors import FinetuiError
+from core.hub import hub_status, offline_unless_reachable
 from core.plan import DataPlan
-from core.sources import data_sources, hub_status, offline_unless_reachable
+from core.sources import data_sources
 
 
 def jsonl(*rows: Any) -> bytes:
