@@ -11,10 +11,11 @@ from typing import Any
 
 from core import runner
 from core.backend import make_plan
-from core.cli import open_app, print_json, settings_of, take_token
 from core.config import Resolved
+from core.console import open_app, print_json, take_token
 from core.data import Conversation
 from core.errors import FinetuiError
+from core.flags import settings_of
 from core.heldout import NO_PROMPTS, NO_PROMPTS_ADVICE, held_out, prompts_of
 from core.paths import configs_dir, runs_dir
 from core.plan import DataPlan, Plan, StagePlan

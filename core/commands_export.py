@@ -6,7 +6,7 @@ from typing import Any
 
 from core import runner
 from core.artefacts import ask_for, checked_request, chosen, made, read_report
-from core.cli import print_json, take_token
+from core.console import print_json, take_token
 from core.errors import FinetuiError
 from core.paths import runs_dir
 from core.plan import Plan

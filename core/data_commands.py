@@ -6,12 +6,13 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from core.cli import mapping_of, print_json
+from core.console import print_json
 from core.data_ledger import LEDGER, Ledger, read_ledger, save_ledger, write_entries
 from core.data_look import Request
 from core.data_look import look as look_at
 from core.data_mend import Cleaning, Told, check_target, ledger_of
 from core.errors import FinetuiError
+from core.flags import mapping_of
 from core.paths import runs_dir
 from core.text import clean as cleaned
 from core.watch import console

@@ -6,12 +6,13 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from core.cli import EVAL_FLAGS, open_app, print_json
+from core.console import open_app, print_json
 from core.errors import FinetuiError
 from core.evaluation import Report, Threshold, evaluation_path, read_report
 from core.evaluation_report import remarks
 from core.evaluation_start import checked, start
 from core.events import EventTail, RunState
+from core.flags import EVAL_FLAGS
 from core.paths import runs_dir
 from core.runs import Run, find_run, is_alive
 from core.text import clean

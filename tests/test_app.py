@@ -12,8 +12,8 @@ from pilots import CONTROLS, HOSTILE, frame, recorded, shows, until
 
 from core import commands
 from core.backend import settle
-from core.cli import build_parser
 from core.config import resolve
+from core.flags import build_parser
 from core.paths import configs_dir
 from core.runs import Run, is_alive, take_lock
 from tui.app import FinetuiApp

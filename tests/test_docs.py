@@ -5,8 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from core.cli import build_parser
 from core.config import size_presets
+from core.flags import build_parser
 from core.plan import option_table
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,9 +11,9 @@ from pilots import CONTROLS, HOSTILE, RECORDED, frame, recorded, shows, until
 
 from core import runner
 from core.backend import settle
-from core.cli import build_parser
 from core.compare import settings_of
 from core.config import resolve
+from core.flags import build_parser
 from core.gpu import GpuReport, GpuSample
 from core.notes import Note, read_note, write_note
 from core.paths import configs_dir

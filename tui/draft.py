@@ -12,9 +12,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from core.backend import gpu_present, settle
-from core.cli import flags_of
 from core.config import OPTIONS, Resolved, flatten, resolve, size_presets
 from core.errors import FinetuiError
+from core.flags import flags_of
 from core.paths import cache_dir, configs_dir
 from core.plan import Option, Plan
 from core.sources import model_source
