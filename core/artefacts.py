@@ -292,7 +292,7 @@ def seconds_expected(export: "ExportPlan", parameters: int, *, cuda: bool) -> di
     answers = export.check_prompts * export.check_tokens
     speaking = 4 + answers * parameters * (2e-12 if cuda else 4e-10)
     expected = {
-        "merge": 8 + parameters * 2e-8 * len(export.merged_forms) + 2 * speaking,
+        "merge": 8 + parameters * 2e-8 * len(export.merged_forms) + 2 * speaking * len(export.merged_forms),
         "gguf": 8
         + parameters * 4e-8
         + speaking

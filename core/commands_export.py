@@ -122,16 +122,14 @@ def check_export(run: Run, plan: Plan) -> list[str]:
 
 def check_wishes(plan: Plan, run: Run | None) -> list[str]:
     """What `check_export` says of the wishes alone: for a plan before its run is made, too. Raises FinetuiError."""
-    from core.backend import gpu_present, installed
+    from core.backend import installed, no_bitsandbytes
     from core.bases import find_base
     from core.gguf_tools import need_tools
     from core.outlook import export_bytes, refuse_small_disk
 
     export, lines = plan.export, []
-    if "merged_4bit" in export.merged_forms and not (gpu_present() and installed("bitsandbytes")):
-        raise FinetuiError(
-            "merged_4bit needs an NVIDIA GPU and bitsandbytes.", "Use merged_16bit, or a GGUF file.", exit_code=3
-        )
+    if "merged_4bit" in export.merged_forms and not installed("bitsandbytes"):
+        raise no_bitsandbytes("merged_4bit needs")
     if export.merged_forms:
         base = find_base(plan, lambda text: None, fetch=False)
         if base.here is None:

@@ -24,7 +24,7 @@ from core.runs import Run
 from core.text import clean
 from tui.widgets import Choice, Line, Words, keys
 
-FORMS = (("lora", "adapter as it is"), ("merged_16bit", "merged, 16-bit"), ("merged_4bit", "merged, 4-bit (GPU)"))
+FORMS = (("lora", "adapter as it is"), ("merged_16bit", "merged, 16-bit"), ("merged_4bit", "merged, 4-bit"))
 QUANTISATIONS = ("Q4_K_M", "Q5_K_M", "Q8_0", "F16")
 ACCESS = (("public", "public"), ("private", "private"))
 
