@@ -125,20 +125,21 @@ def check_wishes(plan: Plan, run: Run | None) -> list[str]:
     from core.backend import installed, no_bitsandbytes
     from core.bases import find_base
     from core.gguf_tools import need_tools
-    from core.outlook import export_bytes, refuse_small_disk
+    from core.outlook import export_bytes, refuse_exports
 
     export, lines = plan.export, []
     if "merged_4bit" in export.merged_forms and not installed("bitsandbytes"):
         raise no_bitsandbytes("merged_4bit needs")
     if export.merged_forms:
         base = find_base(plan, lambda text: None, fetch=False)
-        if base.here is None:
+        if base.extra_download:
             lines.append(f"The 16-bit weights of {base.place} will be fetched.")
         if base.quantised:
             lines.append("It is merged into the 4-bit weights it was trained on, unpacked to 16 bit.")
     if export.gguf:
         need_tools()
-    refuse_small_disk(plan, run.path if run else runs_dir())
+    if run:  # for a run that is not made yet everything that it will write is counted together (core.disk)
+        refuse_exports(plan, run.path)
     if needed := export_bytes(plan):
         lines.append("Disk: " + ", ".join(f"{what} {count / 2**30:.2f} GiB" for what, count in needed.items()))
     if export.upload:

@@ -94,14 +94,14 @@ def export_bytes(plan: Plan) -> dict[str, int] | None:
     if parameters is None:
         return None
     try:
-        here = find_base(plan, lambda text: None, fetch=False).here is not None
+        here = not find_base(plan, lambda text: None, fetch=False).extra_download
     except FinetuiError:
         here = True
     return bytes_needed(plan.export, parameters, base_here=here)
 
 
-def refuse_small_disk(plan: Plan, folder: Path) -> None:
-    """Before a run: refuse exports that the disk cannot hold. Raises FinetuiError with exit code 3."""
+def refuse_exports(plan: Plan, folder: Path) -> None:
+    """Refuse exports that the disk cannot hold. Raises FinetuiError with exit code 3."""
     needed = export_bytes(plan)
     place = next(part for part in (folder, *folder.parents) if part.exists())
     free = shutil.disk_usage(place).free

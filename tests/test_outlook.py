@@ -1,10 +1,11 @@
 """What is ahead of a run, told before it starts: bytes on the disk, seconds, and the weights that a merge needs."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
-from conftest import Finished, MakeNamed, plan
+from conftest import Finished, MakeNamed, Refused, WriteRows, plan
 
 from core.artefacts import parameters_in, tensors_of
 from core.bases import find_base, known_16bit, licence_of, public_name
@@ -116,3 +117,20 @@ def test_parameters_are_counted_from_the_headers(tiny_model: Path, tmp_path: Pat
     with pytest.raises(FinetuiError, match="no safetensors file"):
         (tmp_path / "x.safetensors").write_bytes(b"{}")
         tensors_of(tmp_path / "x.safetensors")
+
+
+def test_a_run_that_the_disk_cannot_hold_is_refused_before_it_starts(
+    refused: Refused, rows_file: WriteRows, tiny_model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr("core.disk.shutil.disk_usage", lambda place: usage._replace(free=100_000))
+    words = ["sft", "--local-file", str(rows_file()), "--model-name", str(tiny_model), "--save-method", "merged_16bit"]
+    told = refused(*words, code=3)
+    assert "checkpoints and result" in told and "merged model" in told and "are free in" in told
+    assert not list(folder.glob("*")), "nothing was made"
+
+
+def test_weights_that_training_fetches_are_no_download_of_the_merge() -> None:
+    plain = Plan.model_validate({"model": {"name": "someone/plain"}, "export": {"save_method": "merged_16bit"}})
+    assert not find_base(plain, print, fetch=False).extra_download
+    assert find_base(seven(save_method="merged_16bit"), print, fetch=False).extra_download
