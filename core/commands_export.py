@@ -115,7 +115,7 @@ def check_export(run: Run, plan: Plan) -> list[str]:
                 f"{run.name} has not finished its training ({unfinished[0]}).", f"Resume it: finetui resume {run.name}."
             )
     lines = check_wishes(plan, run)
-    done = [stage for stage in plan.export.stages if not is_alive(run) and made(run, stage)]
+    done = [stage for stage in plan.export.stages if not is_alive(run) and made(run, stage, plan.export)]
     ahead = [stage for stage in plan.export.stages if stage not in done]
     return [f"{run.name}: {', then '.join(ahead) or 'all of that is made already'}", *lines]
 
@@ -139,8 +139,8 @@ def check_wishes(plan: Plan, run: Run | None) -> list[str]:
     if export.gguf:
         need_tools()
     if run:  # for a run that is not made yet everything that it will write is counted together (core.disk)
-        refuse_exports(plan, run.path)
-    if needed := export_bytes(plan):
+        refuse_exports(plan, run)
+    if needed := export_bytes(plan, run):
         lines.append("Disk: " + ", ".join(f"{what} {count / 2**30:.2f} GiB" for what, count in needed.items()))
     if export.upload:
         from core.upload import check_upload

@@ -1,9 +1,8 @@
 """What is ahead of a run: how long its stages will take, and what they will put on the disk. Estimates. No torch."""
 
 import shutil
-from pathlib import Path
 
-from core.artefacts import bytes_needed, parameters_of, seconds_expected
+from core.artefacts import bytes_needed, parameters_of, seconds_expected, there
 from core.bases import find_base
 from core.errors import FinetuiError
 from core.events import RunState, StageState
@@ -86,8 +85,11 @@ def export_parameters(plan: Plan) -> int | None:
     return parameters_of(plan, base.here)
 
 
-def export_bytes(plan: Plan) -> dict[str, int] | None:
-    """Bytes that the export stages will put on the disk, by what they are for; None where the size is not known."""
+def export_bytes(plan: Plan, run: Run | None = None) -> dict[str, int] | None:
+    """Bytes that the export stages will put on the disk, by what they are for; None where the size is not known.
+
+    What `run` has already is not counted.
+    """
     if not plan.export.merged_forms and not plan.export.gguf:
         return {}
     parameters = export_parameters(plan)
@@ -97,19 +99,18 @@ def export_bytes(plan: Plan) -> dict[str, int] | None:
         here = not find_base(plan, lambda text: None, fetch=False).extra_download
     except FinetuiError:
         here = True
-    return bytes_needed(plan.export, parameters, base_here=here)
+    return bytes_needed(plan.export, parameters, base_here=here, have=there(run, plan.export) if run else ())
 
 
-def refuse_exports(plan: Plan, folder: Path) -> None:
-    """Refuse exports that the disk cannot hold. Raises FinetuiError with exit code 3."""
-    needed = export_bytes(plan)
-    place = next(part for part in (folder, *folder.parents) if part.exists())
-    free = shutil.disk_usage(place).free
+def refuse_exports(plan: Plan, run: Run) -> None:
+    """Refuse exports that the run's disk cannot hold. Raises FinetuiError with exit code 3."""
+    needed = export_bytes(plan, run)
+    free = shutil.disk_usage(run.path).free
     if needed and sum(needed.values()) > free:
         words = ", ".join(f"{what} {count / 2**30:.1f}" for what, count in needed.items())
         raise FinetuiError(
-            f"What is made after training takes {sum(needed.values()) / 2**30:.1f} GiB ({words}); "
-            f"{free / 2**30:.1f} are free in {place}.",
-            "Free some space, choose another --runs-dir, or export less.",
+            f"What is to be made takes {sum(needed.values()) / 2**30:.1f} GiB ({words}); "
+            f"{free / 2**30:.1f} are free in {run.path}.",
+            "Free some space, or export less.",
             exit_code=3,
         )
