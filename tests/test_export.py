@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from core import runner
-from core.artefacts import ask_for, checked_request, made, read_report, trained
+from core.artefacts import ask_for, checked_request, made, read_report, there, trained
 from core.backend import installed
 from core.cli import main
 from core.commands_export import begin, check_export
@@ -172,6 +172,18 @@ def test_how_far_another_base_is_from_the_one_it_was_trained_on_is_said(
     assert "merged into other weights than it was trained on" in capfd.readouterr().out
     check = read_report(run, "merge")["forms"]["merged_16bit"]
     assert check["token_agreement"] < 0.9 and check["reference"] == "its own base and adapter"
+
+
+def test_what_is_made_is_known_by_what_is_asked_for_and_takes_no_more_disk(finished: Finished) -> None:
+    run = finished()
+    asked = checked_request(run, {"save_method": "merged_16bit"})
+    assert "merge" in check_export(run, asked)[0] and "merged model" in check_export(run, asked)[-1]
+    assert main(["merge", "one"]) == 0
+    assert there(run, asked.export) == {"merged_16bit"}
+    lines = check_export(run, asked)
+    assert "all of that is made already" in lines[0] and not any("Disk" in line for line in lines)
+    earlier = checked_request(run, {"save_method": "merged_16bit", "base": str(run.final_model("sft"))})
+    assert not made(run, "merge", earlier.export), "another base was asked for now"
 
 
 # Four bits -----------------------------------------------------------------------------------------------------------
