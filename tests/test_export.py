@@ -23,6 +23,7 @@ from core.commands_export import begin, check_export
 from core.config import resolve, save_plan
 from core.errors import FinetuiError
 from core.events import EventTail
+from core.lineage import lineage_of
 from core.runs import Run, is_alive, is_complete, request_stop, write_manifest
 
 
@@ -172,6 +173,17 @@ def test_how_far_another_base_is_from_the_one_it_was_trained_on_is_said(
     assert "merged into other weights than it was trained on" in capfd.readouterr().out
     check = read_report(run, "merge")["forms"]["merged_16bit"]
     assert check["token_agreement"] < 0.9 and check["reference"] == "its own base and adapter"
+
+
+def test_the_lineage_tells_the_steps_that_were_taken_and_what_ended_them(finished: Finished) -> None:
+    run = finished()
+    run.events.append("checkpoint", stage="sft", step=4, path="sft/checkpoints/checkpoint-4")
+    found = lineage_of(run, run.plan(), trained(run)[0], "ab")["stages"][0]
+    assert found["steps"] == 4, "six were planned, it stopped early"
+    assert found["settings"]["num_train_epochs"] == 3 and "max_steps" not in found["settings"]
+    short = finished(name="two", sft__max_steps=6)
+    told = lineage_of(short, short.plan(), trained(short)[0], "ab")["stages"][0]
+    assert told["steps"] == 6 and told["settings"]["max_steps"] == 6 and "num_train_epochs" not in told["settings"]
 
 
 def test_what_is_made_is_known_by_what_is_asked_for_and_takes_no_more_disk(finished: Finished) -> None:
