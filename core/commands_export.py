@@ -9,7 +9,7 @@ from core.artefacts import ask_for, checked_request, chosen, made, read_report
 from core.cli import print_json, take_token
 from core.errors import FinetuiError
 from core.paths import runs_dir
-from core.plan import Plan
+from core.plan import ExportPlan, Plan
 from core.runs import Run, find_run, is_alive
 from core.text import clean
 from core.watch import console, follow
@@ -52,11 +52,27 @@ def _make(arguments: argparse.Namespace, changes: dict[str, Any], *, ask: bool =
         if getattr(arguments, key) is not None:
             changes[key] = getattr(arguments, key)
     plan = checked_request(run, changes)
+    if not is_alive(run):
+        _nothing_else(run.plan(), plan, changes)
     lines = check_export(run, plan)
     if ask and not arguments.yes and not _agreed(lines, plan):
         print("Nothing was uploaded.")
         return 0
     return _start(run, plan, arguments, [] if ask and not arguments.yes else lines)
+
+
+def _nothing_else(before: Plan, plan: Plan, changes: dict[str, Any]) -> None:
+    """Take out of the wish what stands in it from earlier and was not asked for now.
+
+    Nothing is sent by a command that is not `upload`; of another checkpoint only what is named now is made.
+    """
+    other = plan.export.checkpoint != before.export.checkpoint
+    if "upload" not in changes:
+        plan.export.upload = None
+    if "gguf" not in changes and ("upload" not in changes or other):
+        plan.export.gguf = []
+    elif other and "gguf" in changes:
+        plan.export.gguf = [one for one in plan.export.gguf if one in ExportPlan(gguf=changes["gguf"]).gguf]
 
 
 def _agreed(lines: list[str], plan: Plan) -> bool:
@@ -117,7 +133,8 @@ def check_export(run: Run, plan: Plan) -> list[str]:
     lines = check_wishes(plan, run)
     done = [stage for stage in plan.export.stages if not is_alive(run) and made(run, stage, plan.export)]
     ahead = [stage for stage in plan.export.stages if stage not in done]
-    return [f"{run.name}: {', then '.join(ahead) or 'all of that is made already'}", *lines]
+    of = f" of {chosen(run, plan.export).name}" if not is_alive(run) else ""
+    return [f"{run.name}{of}: {', then '.join(ahead) or 'all of that is made already'}", *lines]
 
 
 def check_wishes(plan: Plan, run: Run | None) -> list[str]:

@@ -37,7 +37,7 @@ async def test_what_is_asked_for_is_looked_at_then_made_by_a_run_that_outlives_t
         text = await shows(pilot, "Merge, GGUF, upload: one", "there is: sft", "Enter look at it")
         assert "◉ merged, 16-bit" in text and "[ ] Q4_K_M" in text
         await pilot.press("enter")
-        await shows(pilot, "one: merge", "Disk: merged model", "Enter start")
+        await shows(pilot, "one of sft: merge", "Disk: merged model", "Enter start")
         await pilot.press("right", "left")
         await shows(pilot, "Enter look at it")  # something was touched: it is looked at again
         await pilot.press("enter")

@@ -313,6 +313,13 @@ def test_gathering_reads_only_what_is_there(evaluated: Run) -> None:
     assert all(not stage.samples for stage in report.stages)
 
 
+def test_settings_of_a_stage_that_one_run_has_not_do_not_differ() -> None:
+    chain = {"method": "sft-kto", "kto.beta": 2.0, "sft.max_steps": 5}
+    alone = {"method": "sft", "kto.beta": 0.1, "sft.max_steps": 6}
+    assert [path for path, _ in differences([chain, alone])] == ["method", "sft.max_steps"]
+    assert [path for path, _ in differences([chain, {**chain, "kto.beta": 1.0}, {}])] == ["kto.beta"]
+
+
 def test_what_was_made_is_listed_with_what_its_check_found() -> None:
     def row(what: str, **event: Any) -> tuple[str, str, str]:
         return artefact_row(what, {"t": 1.0, "kind": "artefact", "what": what, **event}, str)
