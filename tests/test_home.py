@@ -141,7 +141,7 @@ async def test_marked_runs_are_compared(folder: Path) -> None:
         await shows(pilot, "sft.learning_rate", "0.001")
         await pilot.press("escape")
         await until(pilot, lambda: isinstance(app.screen, HomeScreen))
-    assert "all the same" in str(differences_table([settings_of(first), settings_of(first)]).title)
+    assert "all the same" in str(differences_table([settings_of(first), settings_of(first)], ["a", "b"]).title)
 
 
 @pytest.mark.parametrize("size", [(80, 24), (200, 60)])
