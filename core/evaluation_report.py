@@ -100,7 +100,7 @@ def as_markdown(report: Report, rows: Sequence[Row]) -> str:
     """The whole report."""
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime(report["t"]))
     settings = report["settings"]
-    how = "greedy" if not settings["temperature"] else f"at temperature {settings['temperature']:g}"
+    how = "greedily" if not settings["temperature"] else f"at temperature {settings['temperature']:g}"
     lines = [
         f"# Evaluation: {plain(report['source'])}", "",
         f"{report['prompts']} prompts, answered {how} with at most {settings['max_new_tokens']} tokens, {when}. "

@@ -1,6 +1,7 @@
 """What is ahead of a run: how long its stages will take, and what they will put on the disk. Estimates. No torch."""
 
 import shutil
+from collections.abc import Container
 
 from core.artefacts import bytes_needed, parameters_of, seconds_expected, there
 from core.bases import find_base
@@ -11,13 +12,13 @@ from core.runs import Run, list_runs
 from core.stages import EXPORT_STAGES, TRAINING_STAGES
 
 LOOKED_AT_RUNS = 8
+TOKENS_AN_ANSWER = 100
 
 
 def expected_seconds(run: Run, plan: Plan) -> dict[str, float]:
     """About how many seconds each stage that is not done will take; without those that nothing is known of.
 
-    Training and evaluation go by the newest finished run of the same model on the same device, exports by that too or
-    else by sizes.
+    Training goes by the newest finished run of the same model on the same device, the rest by that or else by sizes.
     """
     ahead = [stage for stage in plan.stages if not run.stage_done(stage)]
     found: dict[str, float] = {}
@@ -25,9 +26,38 @@ def expected_seconds(run: Run, plan: Plan) -> dict[str, float]:
         for name in ahead:
             if name not in found and (seconds := _by_example(other, before, plan, name)):
                 found[name] = round(seconds, 1)
-    if set(ahead) - set(found) & set(EXPORT_STAGES) and (parameters := export_parameters(plan)):
+    if set(ahead) - set(found) - set(TRAINING_STAGES) and (parameters := export_parameters(plan)):
         estimated = seconds_expected(plan.export, parameters, cuda=plan.device == "cuda")
+        estimated["evaluate"] = _evaluation_seconds(plan, parameters)
         found |= {name: seconds for name, seconds in estimated.items() if name in ahead and name not in found}
+    return found
+
+
+def _evaluation_seconds(plan: Plan, parameters: int) -> float:
+    """About how long the base and every stage's model answer the held-out prompts, in batches; without an earlier run.
+
+    The rate on a CPU is that of SmolLM2-135M on two busy cores, on a GPU a guess from its memory's pace.
+    """
+    tokens = plan.evaluate.max_prompts * (plan.evaluate.max_new_tokens or TOKENS_AN_ANSWER)
+    rate = 5e-13 if plan.device == "cuda" else 1.5e-10
+    return round(10 + (1 + len(plan.training_stages)) * tokens * parameters * rate)
+
+
+def expected_examples(run: Run, plan: Plan, known: Container[str]) -> dict[str, int]:
+    """How many examples each later training stage will see that is not `known` otherwise, and whose rows are here."""
+    from core.prepare import planned_steps, stage_ledger
+
+    found = {}
+    for name in plan.training_stages[1:]:
+        settings = plan.stage(name)
+        if name in known or run.stage_done(name):
+            continue
+        local = settings.data.demo or settings.data.file or settings.data.files
+        if settings.max_steps > 0:
+            found[name] = settings.max_steps * settings.effective_batch
+        elif local and not settings.data.dataset:
+            examples = len(stage_ledger(settings, name, lambda text: None).training())
+            found[name] = planned_steps(settings, name, examples) * settings.effective_batch
     return found
 
 

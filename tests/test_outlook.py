@@ -5,12 +5,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import Finished, MakeNamed, Refused, WriteRows, plan
+from conftest import Finished, MakeNamed, MakeRun, Refused, WriteRows, plan
 
 from core.artefacts import parameters_in, tensors_of
 from core.bases import find_base, known_16bit, licence_of, public_name
 from core.errors import FinetuiError
-from core.outlook import expected_seconds, export_bytes
+from core.outlook import expected_examples, expected_seconds, export_bytes
 from core.plan import ExportPlan, Plan
 from tui.forecast import disk_words, export_seconds
 from tui.forecast import found_source as source_of
@@ -87,6 +87,18 @@ def test_stages_ahead_are_foretold_by_earlier_runs_and_by_sizes(finished: Finish
     assert set(foretold) == {"sft", "merge"}, "training by the run before, the merge by the model's size"
     assert foretold["sft"] == pytest.approx(100, abs=0.2) and foretold["merge"] > 0
     assert expected_seconds(named("other"), plan(name="other").plan) == {}, "nothing is known of another model"
+
+
+def test_what_no_earlier_run_tells_is_foretold_by_sizes_and_rows(make_run: MakeRun, tiny_model: Path) -> None:
+    run = make_run("sft-kto", evaluate__enabled=True, sft__data__holdout=0.2, kto__data__holdout=0.2)
+    plan = run.plan()
+    assert set(expected_seconds(run, plan)) == {"evaluate"}
+    assert expected_examples(run, plan, known=()) == {"kto": 24}, "six steps of four rows"
+    plan.kto.max_steps, plan.kto.num_train_epochs = -1, 2
+    assert 48 <= expected_examples(run, plan, known=())["kto"] <= 80, "two passes over what is not held out of forty"
+    assert expected_examples(run, plan, known=("kto",)) == {}
+    plan.kto.data.file, plan.kto.data.dataset = None, "someone/rows"
+    assert expected_examples(run, plan, known=()) == {}, "nothing is fetched for it"
 
 
 def test_wishes_are_checked_as_they_are_made() -> None:
