@@ -335,3 +335,12 @@ def test_what_was_made_is_listed_with_what_its_check_found() -> None:
     assert row("upload", path="https://hub/me/x", bytes=1)[2] == "https://hub/me/x"
     assert row("Q8_0", bytes="many", check={"prompts": 8})[1:] == ("", "")
     assert row("Q8_0", check=["?"])[2] == ""
+
+
+def test_between_two_times_at_work_the_curves_of_the_machine_have_a_gap() -> None:
+    def sample(t: float, rss: int, cpu: float) -> dict[str, Any]:
+        return {"t": t, "kind": "gpu", "rss_bytes": rss << 30, "cpu_s": cpu}
+
+    use = use_of([sample(9, 1, 0), sample(14, 2, 5), sample(3009, 1, 6), sample(3014, 1, 11)])
+    assert use.curves["memory"]["process, RAM"] == [(0, 1), (5, 2), (3000, None), (3000, 1), (3005, 1)]
+    assert use.curves["utilisation"]["CPU"] == [(5, 100), (3005, None), (3005, 100)]
