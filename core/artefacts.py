@@ -7,6 +7,7 @@ the app) is kept beside the plan in ``export.json`` and wins over it; the runner
 import hashlib
 import json
 import struct
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -160,11 +161,11 @@ def write_report(run: "Run", stage: str, report: dict[str, Any]) -> None:
         json.dump(report, stream, indent=1, ensure_ascii=False)
 
 
-def made(run: "Run", stage: str) -> bool:
-    """Whether all that the plan wants of an export stage is there, whole, and made of the adapter chosen now."""
+def made(run: "Run", stage: str, export: "ExportPlan | None" = None) -> bool:
+    """Whether all that the run's plan, or `export`, wants of a stage is there, whole, made of the adapter chosen."""
     assert stage in EXPORT_STAGES
     try:
-        export = run.plan().export
+        export = export or run.plan().export
         adapter = fingerprint(chosen(run, export).folder)
     except (FinetuiError, OSError):
         return False
@@ -176,6 +177,16 @@ def made(run: "Run", stage: str) -> bool:
     if stage == "gguf":
         return all(gguf_whole(run, report, quantisation) for quantisation in export.gguf)
     return report.get("wanted_base") == export.base and all(merge_whole(run, report, f) for f in export.merged_forms)
+
+
+def there(run: "Run", export: "ExportPlan") -> set[str]:
+    """Which merged forms and GGUF files of those that `export` wants are made already."""
+
+    def done(stage: str, **only: Any) -> bool:
+        return made(run, stage, export.model_copy(update=only))
+
+    forms = {form for form in export.merged_forms if done("merge", save_method=form)}
+    return forms | {one for one in export.gguf if done("gguf", gguf=[one])}
 
 
 def merge_whole(run: "Run", report: dict[str, Any], form: str) -> bool:
@@ -268,20 +279,23 @@ def gguf_bytes(parameters: int, quantisation: str) -> int:
     return round(parameters * (BITS if parameters > SMALL_MODEL else BITS_SMALL)[quantisation] / 8)
 
 
-def bytes_needed(export: "ExportPlan", parameters: int, *, base_here: bool) -> dict[str, int]:
+def bytes_needed(
+    export: "ExportPlan", parameters: int, *, base_here: bool, have: Collection[str] = ()
+) -> dict[str, int]:
     """Bytes that the export stages put on the disk, by what they are for; an upload takes none.
 
-    `base_here`: whether the 16-bit weights to merge into are on this machine already.
+    `base_here`: whether the 16-bit weights to merge into are on this machine already; `have`: what is made already.
     """
     needed: dict[str, int] = {}
-    if export.merged_forms:
+    forms = [form for form in export.merged_forms if form not in have]
+    if "merged_16bit" in forms:
         if not base_here:
             needed["16-bit base"] = 2 * parameters
         needed["merged model"] = 2 * parameters
-    if "merged_4bit" in export.merged_forms:
+    if "merged_4bit" in forms:
         needed["merged 4-bit model"] = round(FOUR_BIT_BYTES * parameters)
-    if export.gguf:
-        files = {"F16", *export.gguf}  # the others are made from it
+    if quantisations := [one for one in export.gguf if one not in have]:
+        files = {"F16", *quantisations}  # the others are made from it
         needed["GGUF files"] = sum(gguf_bytes(parameters, quantisation) for quantisation in files)
     return needed
 
@@ -292,7 +306,7 @@ def seconds_expected(export: "ExportPlan", parameters: int, *, cuda: bool) -> di
     answers = export.check_prompts * export.check_tokens
     speaking = 4 + answers * parameters * (2e-12 if cuda else 4e-10)
     expected = {
-        "merge": 8 + parameters * 2e-8 * len(export.merged_forms) + 2 * speaking,
+        "merge": 8 + parameters * 2e-8 * len(export.merged_forms) + 2 * speaking * len(export.merged_forms),
         "gguf": 8
         + parameters * 4e-8
         + speaking

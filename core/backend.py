@@ -23,6 +23,12 @@ def installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
+def no_bitsandbytes(what: str) -> FinetuiError:
+    """The error where `what` needs bitsandbytes and it is not installed."""
+    how = "./setup.sh --gpu" if gpu_present() else ".venv/bin/pip install bitsandbytes (60 MB)"
+    return FinetuiError(f"{what} bitsandbytes.", f"Run {how}.", exit_code=3)
+
+
 def make_plan(
     method: str | None, config: Path | None, settings: dict[str, tuple[Any, str]], *, card: int | None = None
 ) -> Resolved:
@@ -60,6 +66,7 @@ def settle(resolved: Resolved, card: int | None = None) -> Resolved:
 
     if plan.device == "cuda" and not present:
         raise FinetuiError("The plan asks for a GPU, and none is found.", "`finetui doctor` says why.", exit_code=3)
+    wants_cpu = plan.device == "cpu"
     if plan.device == "auto":
         plan.device = "cuda" if present else "cpu"
         sources["device"] = "an NVIDIA GPU was found" if present else "no NVIDIA GPU here"
@@ -73,14 +80,15 @@ def settle(resolved: Resolved, card: int | None = None) -> Resolved:
             "Unsloth is installed" if plan.backend == "unsloth" else "Unsloth is not installed" if cuda else "no GPU"
         )
     four_bit = plan.model.load_in_4bit or "bnb-4bit" in plan.model.name
-    if four_bit and not cuda:
+    if four_bit and not cuda and not wants_cpu:
+        slow = " --device cpu trains it on the CPU, many times slower." if have("bitsandbytes") else ""
         raise FinetuiError(
             f"{plan.model.name} is a 4-bit model, which needs an NVIDIA GPU.",
-            "Use --model-size 135m, or a model in 16 or 32 bit.",
+            f"Use --model-size 135m, or a model in 16 or 32 bit.{slow}",
             exit_code=3,
         )
     if four_bit and not have("bitsandbytes"):
-        raise FinetuiError("4-bit weights need bitsandbytes.", "Run ./setup.sh --gpu.", exit_code=3)
+        raise no_bitsandbytes("4-bit weights need")
     for tracker in plan.tracking.report_to:
         if not installed(tracker):
             raise FinetuiError(f"{tracker} is not installed.", f"Run: .venv/bin/pip install {tracker}")

@@ -49,6 +49,11 @@ class BaseModel:
             return Path(self.place)
         return cached(self.place)
 
+    @property
+    def extra_download(self) -> bool:
+        """Whether the weights have to be fetched for the merge alone: training fetches what it trains on."""
+        return self.here is None and self.place != self.trained_on
+
 
 def find_base(plan: Plan, notify: Notify, *, fetch: bool = True) -> BaseModel:
     """What the plan's adapter is merged into. With `fetch` False nothing is downloaded or made.

@@ -89,16 +89,18 @@ def preflight(plan: Plan) -> list[str]:
     Raises FinetuiError for what would fail later: no such file, broken rows, one label, no weights, no disk.
     """
     from core.data_reader import Rows
-    from core.prepare import stage_ledger
+    from core.disk import refuse_small_disk
+    from core.prepare import planned_steps, stage_ledger
 
     source = model_source(plan.model, lambda text: None, fetch=False)
-    notices = []
+    notices, steps = [], {}
     for stage in plan.training_stages:
         settings = plan.stage(stage)
         if settings.data.dataset and not (settings.data.file or settings.data.files):
             continue
         ledger = stage_ledger(settings, stage, lambda text: None)
         _refuse_hopeless_limit(stage, settings, Rows(ledger).each(ledger.used), source.base)
+        steps[stage] = planned_steps(settings, stage, len(ledger.training()))
         totals = ledger.totals()
         if totals["left_out"]:
             reasons = "; ".join(f"{count} × {reason}" for reason, count in list(totals["reasons"].items())[:3])
@@ -111,6 +113,7 @@ def preflight(plan: Plan) -> list[str]:
         notices += [line for line in check_wishes(plan, None) if not line.startswith("Disk: ")]
     if plan.evaluate.enabled:
         notices += _preflight_evaluation(plan)
+    refuse_small_disk(plan, source, steps, runs_dir())
     return notices
 
 

@@ -9,7 +9,7 @@ from core.artefacts import ask_for, checked_request, chosen, made, read_report
 from core.console import print_json, take_token
 from core.errors import FinetuiError
 from core.paths import runs_dir
-from core.plan import Plan
+from core.plan import ExportPlan, Plan
 from core.runs import Run, find_run, is_alive
 from core.text import clean
 from core.watch import console, follow
@@ -52,11 +52,27 @@ def _make(arguments: argparse.Namespace, changes: dict[str, Any], *, ask: bool =
         if getattr(arguments, key) is not None:
             changes[key] = getattr(arguments, key)
     plan = checked_request(run, changes)
+    if not is_alive(run):
+        _nothing_else(run.plan(), plan, changes)
     lines = check_export(run, plan)
     if ask and not arguments.yes and not _agreed(lines, plan):
         print("Nothing was uploaded.")
         return 0
     return _start(run, plan, arguments, [] if ask and not arguments.yes else lines)
+
+
+def _nothing_else(before: Plan, plan: Plan, changes: dict[str, Any]) -> None:
+    """Take out of the wish what stands in it from earlier and was not asked for now.
+
+    Nothing is sent by a command that is not `upload`; of another checkpoint only what is named now is made.
+    """
+    other = plan.export.checkpoint != before.export.checkpoint
+    if "upload" not in changes:
+        plan.export.upload = None
+    if "gguf" not in changes and ("upload" not in changes or other):
+        plan.export.gguf = []
+    elif other and "gguf" in changes:
+        plan.export.gguf = [one for one in plan.export.gguf if one in ExportPlan(gguf=changes["gguf"]).gguf]
 
 
 def _agreed(lines: list[str], plan: Plan) -> bool:
@@ -115,33 +131,33 @@ def check_export(run: Run, plan: Plan) -> list[str]:
                 f"{run.name} has not finished its training ({unfinished[0]}).", f"Resume it: finetui resume {run.name}."
             )
     lines = check_wishes(plan, run)
-    done = [stage for stage in plan.export.stages if not is_alive(run) and made(run, stage)]
+    done = [stage for stage in plan.export.stages if not is_alive(run) and made(run, stage, plan.export)]
     ahead = [stage for stage in plan.export.stages if stage not in done]
-    return [f"{run.name}: {', then '.join(ahead) or 'all of that is made already'}", *lines]
+    of = f" of {chosen(run, plan.export).name}" if not is_alive(run) else ""
+    return [f"{run.name}{of}: {', then '.join(ahead) or 'all of that is made already'}", *lines]
 
 
 def check_wishes(plan: Plan, run: Run | None) -> list[str]:
     """What `check_export` says of the wishes alone: for a plan before its run is made, too. Raises FinetuiError."""
-    from core.backend import gpu_present, installed
+    from core.backend import installed, no_bitsandbytes
     from core.bases import find_base
     from core.gguf_tools import need_tools
-    from core.outlook import export_bytes, refuse_small_disk
+    from core.outlook import export_bytes, refuse_exports
 
     export, lines = plan.export, []
-    if "merged_4bit" in export.merged_forms and not (gpu_present() and installed("bitsandbytes")):
-        raise FinetuiError(
-            "merged_4bit needs an NVIDIA GPU and bitsandbytes.", "Use merged_16bit, or a GGUF file.", exit_code=3
-        )
+    if "merged_4bit" in export.merged_forms and not installed("bitsandbytes"):
+        raise no_bitsandbytes("merged_4bit needs")
     if export.merged_forms:
         base = find_base(plan, lambda text: None, fetch=False)
-        if base.here is None:
+        if base.extra_download:
             lines.append(f"The 16-bit weights of {base.place} will be fetched.")
         if base.quantised:
             lines.append("It is merged into the 4-bit weights it was trained on, unpacked to 16 bit.")
     if export.gguf:
         need_tools()
-    refuse_small_disk(plan, run.path if run else runs_dir())
-    if needed := export_bytes(plan):
+    if run:  # for a run that is not made yet everything that it will write is counted together (core.disk)
+        refuse_exports(plan, run)
+    if needed := export_bytes(plan, run):
         lines.append("Disk: " + ", ".join(f"{what} {count / 2**30:.2f} GiB" for what, count in needed.items()))
     if export.upload:
         from core.upload import check_upload

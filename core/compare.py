@@ -61,8 +61,14 @@ def settings_of(run: Run) -> dict[str, Any]:
 
 
 def differences(settings: Sequence[dict[str, Any]]) -> list[tuple[str, list[Any]]]:
-    """The settings that are not the same everywhere, with each run's value; an unreadable plan differs in none."""
+    """The settings that are not the same everywhere, with each run's value; an unreadable plan differs in none.
+
+    Those of a stage count only where every run has it: that one has none, the method says.
+    """
+    methods = [str(one["method"]).split("-") for one in settings if "method" in one]
+    skipped = {stage for stage in TRAINING_STAGES if any(stage not in method for method in methods)}
     paths = sorted({path for one in settings for path in one if path not in SAME_ANYWAY})
+    paths = [path for path in paths if path.partition(".")[0] not in skipped]
     unlike = [path for path in paths if len({repr(one.get(path)) for one in settings if one}) > 1]
     return [(path, [one.get(path) for one in settings]) for path in unlike]
 

@@ -329,8 +329,13 @@ class Examples(Sequence[Example]):
 
     @property
     def labels(self) -> "numpy.ndarray":
-        """Whether each example is labelled good."""
+        """Whether each example is labelled good; one without a label is not."""
         return self.ledger.labels[self.which] == 1
+
+    @property
+    def undesirable(self) -> "numpy.ndarray":
+        """Whether each example is labelled bad."""
+        return self.ledger.labels[self.which] == 0
 
     @property
     def prompt_keys(self) -> "numpy.ndarray":

@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -201,6 +201,16 @@ def failed(row: Row, variant: str) -> list[str]:
     """The marks that a variant's answer to a case did not earn."""
     marks = row["answers"].get(variant, {}).get("marks", {})
     return [name for name in MARKS if marks.get(name) is False]
+
+
+def missed_words(marks: Mapping[str, bool]) -> str:
+    """What an answer is wrong in, in words; empty where it is right. Where there is no call at all, that says it."""
+    wrong = [name for name in MARKS if marks.get(name) is False]
+    if "decision" in wrong:
+        return "no call" if "format" in marks else "a call where none is expected"
+    if wrong == ["exact"]:
+        return "another text"
+    return ", ".join(MARKS[name][0] for name in wrong if name != "exact")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from core.evaluation import Report, Row, failed, variant_words
+from core.evaluation import Report, Row, failed, missed_words, variant_words
 from core.markdown import block, plain, table
 from core.scores import MARKS, Rate
 from core.text import duration
@@ -100,7 +100,7 @@ def as_markdown(report: Report, rows: Sequence[Row]) -> str:
     """The whole report."""
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime(report["t"]))
     settings = report["settings"]
-    how = "greedy" if not settings["temperature"] else f"at temperature {settings['temperature']:g}"
+    how = "greedily" if not settings["temperature"] else f"at temperature {settings['temperature']:g}"
     lines = [
         f"# Evaluation: {plain(report['source'])}", "",
         f"{report['prompts']} prompts, answered {how} with at most {settings['max_new_tokens']} tokens, {when}. "
@@ -132,7 +132,7 @@ def _case_lines(report: Report, rows: Sequence[Row]) -> list[str]:
         if row["expected"] is not None:
             lines += ["", "Expected", "", block(row["expected"])]
         for name in report["variants"]:
-            missing = ", ".join(MARKS[mark][0] for mark in failed(row, name))
+            missing = missed_words(row["answers"][name]["marks"])
             verdict = f"wrong: {missing}" if missing else "right"
             lines += ["", f"{variant_words(name)} ({verdict})", "", block(row["answers"][name]["answer"])]
     return lines

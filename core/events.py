@@ -151,6 +151,8 @@ class StageState:
     exit: str = ""
     expected_s: float | None = None
     """About how long it will take, told before it began."""
+    expected_examples: int | None = None
+    """Of a training stage nothing is known of but this: the examples that it will train on."""
 
     def last(self, metric: str) -> float | None:
         """The newest finite value of a metric."""
@@ -265,6 +267,8 @@ class RunState:
     def _on_expected(self, event: Event) -> None:
         for name, seconds in _mapping(event.get("seconds")).items():
             self.stage(str(name)).expected_s = _finite(seconds) or None
+        for name, examples in _mapping(event.get("examples")).items():
+            self.stage(str(name)).expected_examples = _count(examples) or None
 
     def _on_task_start(self, event: Event) -> None:
         self.task, self.task_started = str(event.get("name", "")), event["t"]

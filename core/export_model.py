@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from core import export_answers as answers
 from core.artefacts import (
@@ -25,8 +25,9 @@ from core.artefacts import (
     read_report,
     write_report,
 )
-from core.backend import installed
+from core.backend import installed, no_bitsandbytes
 from core.bases import BaseModel, base_config, copy_legal, fetch_base, find_base, licence_of, public_name
+from core.chat import Template
 from core.errors import FinetuiError
 from core.export_merge import Adapter, MergePlan, plan_merge, write_merged
 from core.export_weights import BaseWeights
@@ -256,14 +257,23 @@ def _trained_answers(
 ) -> tuple[list[list[int]], list[torch.Tensor]]:  # fmt: skip
     """Greedy answers of the model as it was trained, and the logits before each of their tokens."""
     model = answers.trained_model(plan, source, trained)
-    ends = answers.ends_of(tokenizer, model.base_model.model)
+    found = _answers_of(model, tokenizer, plan, asked, reporter, "trained model", step, _weight(step))
+    del model
+    answers.forget()
+    return found
+
+
+def _answers_of(
+    model: Any, tokenizer: Any, plan: Plan, asked: list[answers.Question], reporter: Reporter, whose: str,
+    step: int = 0, weight: int = 1,
+) -> tuple[list[list[int]], list[torch.Tensor]]:  # fmt: skip
+    """Greedy answers and the logits before each of their tokens; progress from `step` on, `weight` units a prompt."""
+    ends = answers.ends_of(tokenizer, getattr(getattr(model, "base_model", None), "model", model))
     replies, logits = [], []
     for number, question in enumerate(asked, 1):
         replies.append(answers.greedy(model, question.ids, plan.export.check_tokens, ends))
         logits.append(answers.forced(model, question.ids, replies[-1]))
-        _step(reporter, step + number * _weight(step), f"trained model: {number} of {len(asked)} prompts")
-    del model
-    answers.forget()
+        _step(reporter, step + number * weight, f"{whose}: {number} of {len(asked)} prompts")
     return replies, logits
 
 
@@ -304,8 +314,9 @@ def _judge(found: dict[str, Any], plan: Plan, source: ModelSource, base: BaseMod
 
 
 def _pack_4bit(run: Run, plan: Plan, report: dict[str, Any], reporter: Reporter) -> None:
-    """The merged model packed by bitsandbytes, which needs a GPU. Raises FinetuiError."""
-    need_gpu_for_4bit()
+    """The merged model packed by bitsandbytes, read back and asked the same as the merged one. Raises FinetuiError."""
+    if not installed("bitsandbytes"):
+        raise no_bitsandbytes("merged_4bit needs")
     source, target = merged_folder(run), merged_folder(run, "merged_4bit")
     with reporter.phase("pack", "4 bit"):
         room_on_disk(run.path, FOUR_BIT_BYTES * report["parameters"])
@@ -314,8 +325,9 @@ def _pack_4bit(run: Run, plan: Plan, report: dict[str, Any], reporter: Reporter)
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
         )  # fmt: skip
+        place: Any = {"": 0 if torch.cuda.is_available() else "cpu"}
         model = AutoModelForCausalLM.from_pretrained(
-            str(source), quantization_config=config, device_map={"": 0}, use_safetensors=True, dtype="auto"
+            str(source), quantization_config=config, device_map=place, use_safetensors=True, dtype="auto"
         )
         model.save_pretrained(str(fresh))
         del model
@@ -324,21 +336,44 @@ def _pack_4bit(run: Run, plan: Plan, report: dict[str, Any], reporter: Reporter)
             if file.is_file() and not (fresh / file.name).exists() and "safetensors" not in file.name:
                 shutil.copyfile(file, fresh / file.name)
         (fresh / "finetui-manifest.json").unlink(missing_ok=True)
-        lineage = json.loads((fresh / LINEAGE).read_text(encoding="utf-8"))
-        lineage["weights"] |= {"form": "merged_4bit", "dtype": "nf4"}
-        _write_json(fresh / LINEAGE, lineage)
-        size = sum(file.stat().st_size for file in fresh.glob("*.safetensors"))
-        _put(fresh, target)
-    report["forms"]["merged_4bit"] = {"checked": True, "bytes": size}
+    found = _check_4bit(plan, source, fresh, report["parameters"], reporter)
+    lineage = json.loads((fresh / LINEAGE).read_text(encoding="utf-8"))
+    lineage["weights"] |= {"form": "merged_4bit", "dtype": "nf4"}
+    lineage["check"] = found
+    _write_json(fresh / LINEAGE, lineage)
+    size = sum(file.stat().st_size for file in fresh.glob("*.safetensors"))
+    _put(fresh, target)
+    report["forms"]["merged_4bit"] = {"checked": True, "bytes": size, **found}
     write_report(run, "merge", report)
-    reporter.event("artefact", what="merged_4bit", path=_inside(run, target), bytes=size)
+    reporter.event("artefact", what="merged_4bit", path=_inside(run, target), bytes=size, check=found)
 
 
-def need_gpu_for_4bit() -> None:
-    """Raises FinetuiError with exit code 3 where 4-bit weights cannot be made."""
-    if not torch.cuda.is_available():
-        raise FinetuiError(
-            "merged_4bit needs an NVIDIA GPU.", "Use merged_16bit, or a GGUF file for a CPU.", exit_code=3
-        )
-    if not installed("bitsandbytes"):
-        raise FinetuiError("merged_4bit needs bitsandbytes.", "Run ./setup.sh --gpu.", exit_code=3)
+def _check_4bit(plan: Plan, merged: Path, packed: Path, parameters: int, reporter: Reporter) -> dict[str, Any]:
+    """How far the packed model, read back, gives the merged one's answers."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if why := answers.room_for(parameters, device):
+        reporter.notice(f"merged_4bit was not compared with merged_16bit: {why}.", "warning")
+        return {"skipped": why, "reference": "merged_16bit"}
+    tokenizer = AutoTokenizer.from_pretrained(str(merged))
+    asked = answers.questions(plan, Template.of(tokenizer), reporter.detail)
+    reporter.event("totals", steps=2 * len(asked))
+    with reporter.phase("check", f"4 bit, {len(asked)} prompts"):
+        model = answers.exported_model(merged, device)
+        replies, expected = _answers_of(model, tokenizer, plan, asked, reporter, "merged model")
+        del model
+        answers.forget()
+        model = answers.exported_model(packed, device)
+        seen = []
+        for number, (question, reply) in enumerate(zip(asked, replies, strict=True), 1):
+            seen.append(answers.forced(model, question.ids, reply))
+            _step(reporter, len(asked) + number, f"4-bit model: {number} of {len(asked)} prompts")
+        del model
+        answers.forget()
+    found = {"reference": "merged_16bit", **answers.compare(asked, replies, expected, seen).as_json()}
+    share = found["token_agreement"]
+    words = (
+        f"merged_4bit gives {100 * share:.1f} % of merged_16bit's tokens, {found['same_answers']} of "
+        f"{found['prompts']} answers whole (mean KL {found['mean_kl']:.2g})."
+    )
+    reporter.notice(words, "warning" if share < WORRYING_AGREEMENT else "info")
+    return found

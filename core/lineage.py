@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import time
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from core.artefacts import Trained
 from core.bases import public_name
 from core.errors import FinetuiError
 from core.plan import KTOPlan, Plan, StagePlan
+from core.prepare import kto_weights
 from core.sources import data_files
 from core.stages import TRAINING_STAGES
 
@@ -88,18 +90,31 @@ def _lora(folder: Path) -> dict[str, Any]:
 def _stage(run: "Run", plan: Plan, name: str, state: Any, trained: Trained) -> dict[str, Any]:
     """One training stage: settings, rows, steps and duration."""
     settings = plan.stage(name)
-    chosen = {key: getattr(settings, key) for key in SETTINGS}
-    if isinstance(settings, KTOPlan):
-        chosen |= {"beta": settings.beta, "sign_correction": settings.sign_correction}
+    length = "num_train_epochs" if settings.max_steps > 0 else "max_steps"  # the other one decides
+    chosen = {key: getattr(settings, key) for key in SETTINGS if key != length}
     data = stage_data(run, name)
+    if isinstance(settings, KTOPlan):
+        chosen |= {"beta": settings.beta, "sign_correction": settings.sign_correction, **_weights(settings, data)}
     seconds = state.phase_seconds.get("train")
+    taken = max([state.step, *state.checkpoints]) or state.total_steps  # fewer than planned where it stopped early
     return {
         "name": name,
-        "steps": trained.step if trained.step is not None and trained.stage == name else state.total_steps or None,
+        "steps": trained.step if trained.step is not None and trained.stage == name else taken or None,
         "seconds": round(seconds, 1) if seconds else None,
         "settings": chosen,
         "data": {"name": data_name(settings), "files": data.get("sha256") or None, **_counts(data)},
     }
+
+
+def _weights(settings: KTOPlan, data: dict[str, Any]) -> dict[str, float]:
+    """The weights of good and bad rows that KTO trained with; none where the rows' labels are not known."""
+    labels = data.get("labels")
+    known = labels if isinstance(labels, dict) else {}
+    counts: Counter[bool | None] = Counter({True: known.get("true", 0), False: known.get("false", 0)})
+    if not (counts[True] and counts[False]):
+        return {}
+    desirable, undesirable = kto_weights(settings, counts)
+    return {"desirable_weight": round(desirable, 4), "undesirable_weight": round(undesirable, 4)}
 
 
 def stage_data(run: "Run", name: str) -> dict[str, Any]:

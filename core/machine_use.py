@@ -10,6 +10,8 @@ from typing import Any
 from core.events import Event
 
 GIB = 1 << 30
+GAP_S = 120.0
+"""Between samples farther apart the run was not at work: it was stopped, or something was asked of it later."""
 PACKAGES = (
     "torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes", "unsloth", "safetensors",
 )  # fmt: skip
@@ -68,7 +70,7 @@ def use_of(events: Sequence[Event]) -> MachineUse:
         if (rss := _figure(event.get("rss_bytes"))) is not None:
             _add(use, "memory", "process, RAM", at, rss / GIB)
         if (spent := _figure(event.get("cpu_s"))) is not None:
-            if cpu and at > cpu[0] and spent >= cpu[1]:
+            if cpu and cpu[0] < at <= cpu[0] + GAP_S and spent >= cpu[1]:
                 _add(use, "utilisation", "CPU", at, 100 * (spent - cpu[1]) / (at - cpu[0]))
             cpu = (at, spent)
     return use
@@ -88,7 +90,10 @@ def _fold_card(use: MachineUse, card: dict[str, Any], at: float, counters: dict[
 
 
 def _add(use: MachineUse, what: str, device: str, at: float, value: float) -> None:
-    use.curves.setdefault(what, {}).setdefault(device, []).append((at, value))
+    line = use.curves.setdefault(what, {}).setdefault(device, [])
+    if line and at > line[-1][0] + GAP_S:
+        line.append((at, None))
+    line.append((at, value))
 
 
 def _figure(value: Any) -> float | None:

@@ -1,9 +1,9 @@
 """What is ahead of a run: how long its stages will take, and what they will put on the disk. Estimates. No torch."""
 
 import shutil
-from pathlib import Path
+from collections.abc import Container
 
-from core.artefacts import bytes_needed, parameters_of, seconds_expected
+from core.artefacts import bytes_needed, parameters_of, seconds_expected, there
 from core.bases import find_base
 from core.errors import FinetuiError
 from core.events import RunState, StageState
@@ -12,13 +12,13 @@ from core.runs import Run, list_runs
 from core.stages import EXPORT_STAGES, TRAINING_STAGES
 
 LOOKED_AT_RUNS = 8
+TOKENS_AN_ANSWER = 100
 
 
 def expected_seconds(run: Run, plan: Plan) -> dict[str, float]:
     """About how many seconds each stage that is not done will take; without those that nothing is known of.
 
-    Training and evaluation go by the newest finished run of the same model on the same device, exports by that too or
-    else by sizes.
+    Training goes by the newest finished run of the same model on the same device, the rest by that or else by sizes.
     """
     ahead = [stage for stage in plan.stages if not run.stage_done(stage)]
     found: dict[str, float] = {}
@@ -26,9 +26,38 @@ def expected_seconds(run: Run, plan: Plan) -> dict[str, float]:
         for name in ahead:
             if name not in found and (seconds := _by_example(other, before, plan, name)):
                 found[name] = round(seconds, 1)
-    if set(ahead) - set(found) & set(EXPORT_STAGES) and (parameters := export_parameters(plan)):
+    if set(ahead) - set(found) - set(TRAINING_STAGES) and (parameters := export_parameters(plan)):
         estimated = seconds_expected(plan.export, parameters, cuda=plan.device == "cuda")
+        estimated["evaluate"] = _evaluation_seconds(plan, parameters)
         found |= {name: seconds for name, seconds in estimated.items() if name in ahead and name not in found}
+    return found
+
+
+def _evaluation_seconds(plan: Plan, parameters: int) -> float:
+    """About how long the base and every stage's model answer the held-out prompts, in batches; without an earlier run.
+
+    The rate on a CPU is that of SmolLM2-135M on two busy cores, on a GPU a guess from its memory's pace.
+    """
+    tokens = plan.evaluate.max_prompts * (plan.evaluate.max_new_tokens or TOKENS_AN_ANSWER)
+    rate = 5e-13 if plan.device == "cuda" else 1.5e-10
+    return round(10 + (1 + len(plan.training_stages)) * tokens * parameters * rate)
+
+
+def expected_examples(run: Run, plan: Plan, known: Container[str]) -> dict[str, int]:
+    """How many examples each later training stage will see that is not `known` otherwise, and whose rows are here."""
+    from core.prepare import planned_steps, stage_ledger
+
+    found = {}
+    for name in plan.training_stages[1:]:
+        settings = plan.stage(name)
+        if name in known or run.stage_done(name):
+            continue
+        local = settings.data.demo or settings.data.file or settings.data.files
+        if settings.max_steps > 0:
+            found[name] = settings.max_steps * settings.effective_batch
+        elif local and not settings.data.dataset:
+            examples = len(stage_ledger(settings, name, lambda text: None).training())
+            found[name] = planned_steps(settings, name, examples) * settings.effective_batch
     return found
 
 
@@ -86,30 +115,32 @@ def export_parameters(plan: Plan) -> int | None:
     return parameters_of(plan, base.here)
 
 
-def export_bytes(plan: Plan) -> dict[str, int] | None:
-    """Bytes that the export stages will put on the disk, by what they are for; None where the size is not known."""
+def export_bytes(plan: Plan, run: Run | None = None) -> dict[str, int] | None:
+    """Bytes that the export stages will put on the disk, by what they are for; None where the size is not known.
+
+    What `run` has already is not counted.
+    """
     if not plan.export.merged_forms and not plan.export.gguf:
         return {}
     parameters = export_parameters(plan)
     if parameters is None:
         return None
     try:
-        here = find_base(plan, lambda text: None, fetch=False).here is not None
+        here = not find_base(plan, lambda text: None, fetch=False).extra_download
     except FinetuiError:
         here = True
-    return bytes_needed(plan.export, parameters, base_here=here)
+    return bytes_needed(plan.export, parameters, base_here=here, have=there(run, plan.export) if run else ())
 
 
-def refuse_small_disk(plan: Plan, folder: Path) -> None:
-    """Before a run: refuse exports that the disk cannot hold. Raises FinetuiError with exit code 3."""
-    needed = export_bytes(plan)
-    place = next(part for part in (folder, *folder.parents) if part.exists())
-    free = shutil.disk_usage(place).free
+def refuse_exports(plan: Plan, run: Run) -> None:
+    """Refuse exports that the run's disk cannot hold. Raises FinetuiError with exit code 3."""
+    needed = export_bytes(plan, run)
+    free = shutil.disk_usage(run.path).free
     if needed and sum(needed.values()) > free:
         words = ", ".join(f"{what} {count / 2**30:.1f}" for what, count in needed.items())
         raise FinetuiError(
-            f"What is made after training takes {sum(needed.values()) / 2**30:.1f} GiB ({words}); "
-            f"{free / 2**30:.1f} are free in {place}.",
-            "Free some space, choose another --runs-dir, or export less.",
+            f"What is to be made takes {sum(needed.values()) / 2**30:.1f} GiB ({words}); "
+            f"{free / 2**30:.1f} are free in {run.path}.",
+            "Free some space, or export less.",
             exit_code=3,
         )

@@ -71,7 +71,7 @@ class ModelPlan(Section):
     )
     revision: str | None = option(None, "Branch, tag or commit on the Hub")
     load_in_4bit: bool = option(
-        False, "Load the weights in 4 bit (NVIDIA GPU with bitsandbytes)", flag="--load-in-4bit"
+        False, "Load the weights in 4 bit, with bitsandbytes (NVIDIA GPU; on a CPU slowly)", flag="--load-in-4bit"
     )
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = option("auto", "Number format; auto: bf16 on a GPU, fp32 on a CPU")
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = option("auto", "Attention implementation")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from core import __version__
+from core.artefacts import BITS
 from core.config import flatten
 from core.errors import FinetuiError
 from core.evaluation import Report, Row, evaluations, failed, read_cases, variant_words
@@ -94,6 +95,8 @@ class RunReport:
     settings: list[tuple[str, list[tuple[str, str, str]]]]
     notices: list[str]
     made: str
+    artefacts: list[tuple[str, str, str]] = field(default_factory=list)
+    """What was made of the result: (what, how large, how far it answers as the model it was made of)."""
 
 
 def gather(run: Run, *, rows: bool = True) -> RunReport:
@@ -125,7 +128,24 @@ def gather(run: Run, *, rows: bool = True) -> RunReport:
         )
         + [hidden(f"{error.get('message', '')} {error.get('advice') or ''}") for error in state.errors[-1:]],
         made=made_by(),
+        artefacts=[artefact_row(what, event, hidden) for what, event in state.artefacts.items()],
     )
+
+
+def artefact_row(what: str, event: Event, hidden: Callable[[Any], str]) -> tuple[str, str, str]:
+    """A merged model, a GGUF file or an upload: what it is, its size, and what its check found."""
+    size, check = event.get("bytes"), event.get("check")
+    found = check if isinstance(check, dict) else {}
+    told = hidden(event.get("path")) if "://" in str(event.get("path")) else ""
+    with contextlib.suppress(LookupError, TypeError, ValueError):
+        told = f"not compared: {hidden(found['skipped'])}" if "skipped" in found else told
+    with contextlib.suppress(LookupError, TypeError, ValueError):
+        of = "merged model" if what in BITS else str(found["reference"]).replace("merged_16bit", "merged model")
+        told = f"{100 * found['token_agreement']:.1f} % of the tokens of the {of}" if "prompts" in found else told
+        told += f", {int(found['same_answers'])} of {int(found['prompts'])} answers whole" if "prompts" in found else ""
+        if "calls" in found:
+            told += f", {int(found['valid'])} of {int(found['calls'])} calls valid and {int(found['right'])} right"
+    return hidden(what), f"{size / (1 << 20):,.0f} MiB" if isinstance(size, int) and size else "", hidden(told)
 
 
 def made_by() -> str:

@@ -17,11 +17,10 @@ from core.compare import (
     shared_answers,
     stage_of,
 )
-from core.evaluation import Row, failed, variant_words
+from core.evaluation import Row, missed_words, variant_words
 from core.evaluation_report import loss_words
 from core.places import value_without_places
 from core.report import PANELS, Picture, RunReport, made_by, rate_cells
-from core.scores import MARKS
 from core.stages import TRAINING_STAGES
 from core.svg import Points, chart, key
 from core.text import clean, number
@@ -98,12 +97,12 @@ def short(text: str, width: int = 110) -> str:
 
 def missed(case: Row, variant: str) -> str:
     """What a model's answer missed, in words."""
-    return ", ".join(MARKS[mark][0] for mark in failed(case, variant))
+    return missed_words(case["answers"].get(variant, {}).get("marks", {}))
 
 
 def wrong(answer: dict[str, Any]) -> str:
     """What an answer missed, in words."""
-    return ", ".join(MARKS[mark][0] for mark in MARKS if answer["marks"].get(mark) is False)
+    return missed_words(answer["marks"])
 
 
 def tool_rows(report: dict[str, Any]) -> list[tuple[str, int, list[str]]]:

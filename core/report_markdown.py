@@ -18,6 +18,9 @@ def as_markdown(report: RunReport) -> str:
         lines += _evaluation(evaluation)
     for stage in report.stages:
         lines += _stage(stage)
+    if report.artefacts:
+        rows = [[plain(what), plain(size), plain(told, 300)] for what, size, told in report.artefacts]
+        lines += ["", "## Made of it", "", *table(["what", "size", "answers"], rows)]
     lines += (
         ["", "## Machine", "", *_facts(report.machine), *_figures(report.machine_pictures)] if report.machine else []
     )

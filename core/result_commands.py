@@ -45,12 +45,12 @@ def evaluate(arguments: argparse.Namespace) -> int:
     if arguments.detach:
         _say_detached(run, name, as_json=arguments.json)
         return 0
-    ended = follow_task(run, tail, state, quiet=arguments.json, ask=not arguments.json)
+    ended = follow_task(run, tail, state, "evaluate", quiet=arguments.json, ask=not arguments.json)
     if ended is None:
         return 130
     report = read_report(evaluation_path(run, name))
     if ended != "done" or report is None:
-        return _not_done(run, state, ended)
+        return _not_done(run, state, ended, judge=bool(thresholds))
     return judged(run, report, thresholds, as_json=arguments.json)
 
 
@@ -63,10 +63,11 @@ def _say_detached(run: Run, name: str, *, as_json: bool) -> None:
     _say(f"The report will be {where / 'report.md'}")
 
 
-def _not_done(run: Run, state: RunState, ended: str) -> int:
+def _not_done(run: Run, state: RunState, ended: str, *, judge: bool) -> int:
+    """The exit code of an evaluation that has no new report: where there was something to judge, it is no success."""
     if ended == "stopped":
         _say(f"Stopped. The answers so far are kept: finetui eval {run.name} goes on.")
-        return 0
+        return 1 if judge else 0
     said = (
         state.errors[-1] if state.errors else {"message": "It ended without a word.", "advice": f"See {run.log_path}."}
     )

@@ -209,11 +209,13 @@ class Runner:
 
     def _foretell(self) -> None:
         """Say how long the stages ahead will take, as far as earlier runs and sizes tell it."""
-        from core.outlook import expected_seconds
+        from core.outlook import expected_examples, expected_seconds
 
         with contextlib.suppress(FinetuiError, OSError, ValueError):
-            if expected := expected_seconds(self.run, self.plan):
-                self.run.events.append("expected", seconds=expected)
+            expected = expected_seconds(self.run, self.plan)
+            examples = expected_examples(self.run, self.plan, known=expected)
+            if expected or examples:
+                self.run.events.append("expected", seconds=expected, examples=examples)
 
     def _needs_device(self) -> bool:
         """Whether a stage is ahead that fills the device: what is made of a result can share it."""

@@ -44,8 +44,8 @@ def samples_of(settings: SamplesPlan, loaded: Loaded, data: StageData) -> list[S
         chosen = prompts_of(Path(settings.file)).prompts[: settings.count]
     else:
         examples = (data.held_out or data.training).examples
-        good = {key: at for at, (key, label) in enumerate(zip(examples.prompt_keys.tolist(), examples.labels.tolist(),
-                strict=True)) if label != 0}  # fmt: skip
+        bad = examples.undesirable.tolist()
+        good = {key: at for at, key in enumerate(examples.prompt_keys.tolist()) if not bad[at]}
         order = sorted(good, key=lambda key: drawn(key, DRAW_SEED))
         chosen = [_prompt(examples[good[key]].row) for key in order[: settings.count]]
     found = []
@@ -67,6 +67,8 @@ def sample_callback(
 ) -> "SampleCallback":
     """The callback for a trainer, whose pace leaves out what the samples take."""
     found = SampleCallback(settings, every, loaded, samples_of(settings, loaded, data), reporter)
+    if not found.samples:
+        reporter.notice("No samples are taken: no prompt was found for them.", "warning", "Set samples.file.")
     callbacks = trainer.callback_handler.callbacks
     found.clock = next((one for one in callbacks if isinstance(one, EventCallback)), None)
     return found

@@ -4,6 +4,7 @@ import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from core.artefacts import fingerprint
 from core.errors import FinetuiError
 from core.plan import Plan
 from core.runs import Run
@@ -18,12 +19,11 @@ class Variant:
 
     @property
     def identity(self) -> str:
-        """What differs once the weights do; from the files beside them."""
+        """What differs once the weights do, and stays where the run is moved or copied."""
         if self.folder is None:
             return self.name
         with contextlib.suppress(OSError):
-            weights = (self.folder / "adapter_model.safetensors").stat()
-            return f"{self.folder.name} {weights.st_mtime_ns} {weights.st_size}"
+            return f"{self.folder.name} {fingerprint(self.folder)}"
         return str(self.folder)
 
 

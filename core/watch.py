@@ -51,15 +51,17 @@ def follow(run: Run, *, as_json: bool = False, ask: bool = False, since: int = 0
     return 0 if end in ("done", "stopped") else 1
 
 
-def follow_task(run: Run, tail: EventTail, state: RunState, *, quiet: bool = False, ask: bool = False) -> str | None:
-    """Print what happens from where `tail` stands until the task on a run has ended.
+def follow_task(
+    run: Run, tail: EventTail, state: RunState, name: str, *, quiet: bool = False, ask: bool = False
+) -> str | None:
+    """Print what happens from where `tail` stands until the task `name` on a run has ended.
 
     Returns how its stage ended, None where the person left it.
     """
     if not watched(run, tail, state, _View() if quiet else _view(), ask):
         return None
-    stage = state.current
-    return stage.state if stage and stage.state != "running" else "crashed"
+    ended = state.stage(name).state
+    return "crashed" if ended in ("running", "waiting") else ended
 
 
 def _view() -> "_View":

@@ -20,7 +20,7 @@ from core.runs import Run, take_lock
 from tui.app import FinetuiApp
 from tui.export import ExportScreen, Ticks
 from tui.follow import Follower
-from tui.report import end_words, left_words, made_words, now_words
+from tui.report import KTO_COST, end_words, left_words, made_words, now_words
 from tui.settings import after_words
 
 pytestmark = pytest.mark.usefixtures("own_cache_and_no_gpu")
@@ -37,7 +37,7 @@ async def test_what_is_asked_for_is_looked_at_then_made_by_a_run_that_outlives_t
         text = await shows(pilot, "Merge, GGUF, upload: one", "there is: sft", "Enter look at it")
         assert "◉ merged, 16-bit" in text and "[ ] Q4_K_M" in text
         await pilot.press("enter")
-        await shows(pilot, "one: merge", "Disk: merged model", "Enter start")
+        await shows(pilot, "one of sft: merge", "Disk: merged model", "Enter start")
         await pilot.press("right", "left")
         await shows(pilot, "Enter look at it")  # something was touched: it is looked at again
         await pilot.press("enter")
@@ -133,6 +133,24 @@ def test_the_end_of_everything_is_foretold_once_all_that_is_ahead_is_known(folde
     stage = snapshot.state.current if snapshot else None
     assert snapshot and stage
     over = time.strftime("%H:%M", time.localtime(snapshot.taken + 10 + 50 + 3600))
+    assert left_words(stage, snapshot) == f"  10 s left, everything done at {over}"
+    os.close(lock)
+
+
+def test_kto_of_which_nothing_is_known_is_foretold_by_the_pace_of_sft(folder: Path, folder_made: None) -> None:
+    run = recorded(folder, "done")
+    lock = take_lock(run)
+    begun = [
+        {"kind": "created", "stages": ["sft", "kto", "evaluate"]}, {"kind": "run_start"},
+        {"kind": "expected", "seconds": {"evaluate": 50}, "examples": {"kto": 40}},
+        {"kind": "stage_start", "name": "sft"}, {"kind": "totals", "stage": "sft", "steps": 30, "batch": 4},
+        *({"kind": "log", "stage": "sft", "step": step, "loss": 1.0} for step in (10, 20)),
+    ]  # fmt: skip
+    log(run, *begun)
+    snapshot = Follower(run).read()
+    stage = snapshot.state.current if snapshot else None
+    assert snapshot and stage
+    over = time.strftime("%H:%M", time.localtime(snapshot.taken + 10 + KTO_COST * 40 / 4 + 50))
     assert left_words(stage, snapshot) == f"  10 s left, everything done at {over}"
     os.close(lock)
 

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 from conftest import MakeRun, Refused, WriteRows, default_rows, good, wait_until
+from safetensors.torch import load_file, save_file
 from test_training import Stage
 
 from core import train
+from core.cli import main
 from core.data import read_rows
 from core.errors import FinetuiError
 from core.evaluate import Answerer, evaluate
@@ -97,7 +99,11 @@ def test_answers_of_other_weights_or_another_temperature_are_made_anew(chain: Ru
     assert len(counted) == 18
     again(chain, "one", temperature=0.7)
     assert len(counted) == 18
-    os.utime(chain.final_model("kto") / "adapter_model.safetensors")
+    weights = chain.final_model("kto") / "adapter_model.safetensors"
+    os.utime(weights)
+    again(chain, "one", temperature=0.7)
+    assert len(counted) == 18, "the same weights, copied or moved, give the same answers"
+    save_file({name: tensor + 1e-3 for name, tensor in load_file(weights).items()}, weights)
     again(chain, "one", temperature=0.7)
     assert len(counted) == 21
 
@@ -289,6 +295,28 @@ def test_an_evaluation_that_fails_says_why_and_the_run_stays_done(chain: Run) ->
     assert told.returncode == 1 and told.stderr.startswith("finetui: ") and "Traceback" not in told.stderr
     assert summary(chain)["status"] == "done"
     assert chain.state().stage("evaluate").state == "failed"
+
+
+@pytest.mark.parametrize("ended", ["stopped", "failed"])
+def test_an_earlier_report_is_not_judged_where_the_new_evaluation_did_not_end(
+    chain: Run, ended: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Even where a later stage of the run is done."""
+    evaluate(chain, chain.plan(), Reporter(chain, "evaluate"))
+    chain.events.append("stage_start", name="gguf")
+    chain.events.append("stage_end", name="gguf", status="done")
+
+    def started(run: Run, name: str, options: Any) -> None:
+        run.events.append("task_start", name="evaluate", pid=1)
+        run.events.append("stage_start", name="evaluate")
+        run.events.append("stage_end", name="evaluate", status=ended)
+        run.events.append("task_end", status=ended)
+
+    monkeypatch.setattr("core.result_commands.start", started)
+    assert main(["eval", chain.name, "--fail-under", "format=0"]) == 1
+    out, err = capsys.readouterr()
+    assert "held-out prompts" not in out and ("goes on" in out if ended == "stopped" else "finetui: " in err)
+    assert main(["eval", chain.name]) == (0 if ended == "stopped" else 1), "stopping it was the person's own wish"
 
 
 def test_a_detached_evaluation_is_stopped_like_a_run_and_goes_on_where_it_was(

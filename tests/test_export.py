@@ -16,12 +16,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from core import runner
-from core.artefacts import ask_for, checked_request, made, read_report, trained
+from core.artefacts import ask_for, checked_request, made, read_report, there, trained
+from core.backend import installed
 from core.cli import main
 from core.commands_export import begin, check_export
 from core.config import resolve, save_plan
 from core.errors import FinetuiError
 from core.events import EventTail
+from core.lineage import lineage_of
 from core.runs import Run, is_alive, is_complete, request_stop, write_manifest
 
 
@@ -134,9 +136,13 @@ def test_a_run_without_a_finished_model_has_nothing_to_export(make_run: MakeRun,
     assert not (run.path / "export.json").exists()
 
 
-def test_four_bits_need_a_card(finished: Finished, refused: Refused, no_gpu: None) -> None:
+def test_four_bits_need_bitsandbytes(
+    finished: Finished, refused: Refused, no_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     finished()
-    assert "needs an NVIDIA GPU" in refused("merge", "one", "--save-method", "merged_4bit", code=3)
+    monkeypatch.setattr("core.backend.installed", lambda package: package != "bitsandbytes")
+    assert "merged_4bit needs bitsandbytes" in refused("merge", "one", "--save-method", "merged_4bit", code=3)
+    assert "4-bit weights need bitsandbytes" in refused("sft", "--model-size", "7b", "--device", "cpu", code=3)
 
 
 def test_the_disk_is_looked_at_before_anything_is_written(
@@ -167,6 +173,29 @@ def test_how_far_another_base_is_from_the_one_it_was_trained_on_is_said(
     assert "merged into other weights than it was trained on" in capfd.readouterr().out
     check = read_report(run, "merge")["forms"]["merged_16bit"]
     assert check["token_agreement"] < 0.9 and check["reference"] == "its own base and adapter"
+
+
+def test_the_lineage_tells_the_steps_that_were_taken_and_what_ended_them(finished: Finished) -> None:
+    run = finished()
+    run.events.append("checkpoint", stage="sft", step=4, path="sft/checkpoints/checkpoint-4")
+    found = lineage_of(run, run.plan(), trained(run)[0], "ab")["stages"][0]
+    assert found["steps"] == 4, "six were planned, it stopped early"
+    assert found["settings"]["num_train_epochs"] == 3 and "max_steps" not in found["settings"]
+    short = finished(name="two", sft__max_steps=6)
+    told = lineage_of(short, short.plan(), trained(short)[0], "ab")["stages"][0]
+    assert told["steps"] == 6 and told["settings"]["max_steps"] == 6 and "num_train_epochs" not in told["settings"]
+
+
+def test_what_is_made_is_known_by_what_is_asked_for_and_takes_no_more_disk(finished: Finished) -> None:
+    run = finished()
+    asked = checked_request(run, {"save_method": "merged_16bit"})
+    assert "merge" in check_export(run, asked)[0] and "merged model" in check_export(run, asked)[-1]
+    assert main(["merge", "one"]) == 0
+    assert there(run, asked.export) == {"merged_16bit"}
+    lines = check_export(run, asked)
+    assert "all of that is made already" in lines[0] and not any("Disk" in line for line in lines)
+    earlier = checked_request(run, {"save_method": "merged_16bit", "base": str(run.final_model("sft"))})
+    assert not made(run, "merge", earlier.export), "another base was asked for now"
 
 
 # Four bits -----------------------------------------------------------------------------------------------------------
@@ -228,6 +257,39 @@ def test_a_run_trained_in_four_bits_is_merged_where_there_is_no_card(
     report = read_report(run, "merge")["forms"]["merged_16bit"]
     assert "no GPU" in report["skipped"] and report["reference"] == "4-bit base and adapter"
     assert any("was not compared" in str(notice["text"]) for notice in run.state().notices)
+
+
+@pytest.mark.skipif(not installed("bitsandbytes"), reason="bitsandbytes is not installed")
+def test_the_merged_model_is_packed_read_back_and_compared_on_a_cpu(
+    finished: Finished, capfd: pytest.CaptureFixture[str], no_gpu: None
+) -> None:
+    run = finished()
+    assert main(["merge", "one", "--save-method", "merged_4bit"]) == 0
+    folder = run.path / "merge" / "merged_4bit"
+    assert is_complete(folder) and is_complete(merged(run)) and (folder / "tokenizer_config.json").is_file()
+    check = read_report(run, "merge")["forms"]["merged_4bit"]
+    assert check["reference"] == "merged_16bit" and check["prompts"] == 2
+    assert check["max_logit_difference"] > 0, "packed weights are others"
+    assert "of merged_16bit's tokens" in capfd.readouterr().out
+    alone = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    whole = AutoModelForCausalLM.from_pretrained(merged(run), dtype=torch.float32)
+    tokens = AutoTokenizer.from_pretrained(folder)("Set a timer for 5 minutes")["input_ids"]
+    difference = (logits(alone, tokens) - logits(whole, tokens)).abs().max()
+    assert 0 < difference < logits(whole, tokens).std(), "another number format, not another model"
+    assert json.loads((folder / "finetui.json").read_text())["weights"]["form"] == "merged_4bit"
+    assert made(run, "merge")
+
+
+@pytest.mark.skipif(not installed("bitsandbytes"), reason="bitsandbytes is not installed")
+def test_training_in_four_bits_on_a_cpu_says_how_far_the_merged_model_is_from_it(make_run: MakeRun) -> None:
+    run = make_run(model__load_in_4bit=True, sft__max_steps=2, export__save_method="merged_16bit",
+                   export__check_prompts=3, export__check_tokens=6)  # fmt: skip
+    runner.start(run)
+    assert finish(run) == "done"
+    check = read_report(run, "merge")["forms"]["merged_16bit"]
+    assert check["reference"] == "4-bit base and adapter" and check["max_logit_difference"] > 0.01
+    told = [str(notice["text"]) for notice in run.state().notices]
+    assert any("trained on 4-bit weights and merged into 16-bit ones: that is the difference" in text for text in told)
 
 
 def test_a_wish_is_added_to_earlier_ones_and_each_quantisation_counts_once(finished: Finished) -> None:

@@ -1,15 +1,16 @@
 """What is ahead of a run, told before it starts: bytes on the disk, seconds, and the weights that a merge needs."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
-from conftest import Finished, MakeNamed, plan
+from conftest import Finished, MakeNamed, MakeRun, Refused, WriteRows, plan
 
 from core.artefacts import parameters_in, tensors_of
 from core.bases import find_base, known_16bit, licence_of, public_name
 from core.errors import FinetuiError
-from core.outlook import expected_seconds, export_bytes
+from core.outlook import expected_examples, expected_seconds, export_bytes
 from core.plan import ExportPlan, Plan
 from tui.forecast import disk_words, export_seconds
 from tui.forecast import found_source as source_of
@@ -88,6 +89,18 @@ def test_stages_ahead_are_foretold_by_earlier_runs_and_by_sizes(finished: Finish
     assert expected_seconds(named("other"), plan(name="other").plan) == {}, "nothing is known of another model"
 
 
+def test_what_no_earlier_run_tells_is_foretold_by_sizes_and_rows(make_run: MakeRun, tiny_model: Path) -> None:
+    run = make_run("sft-kto", evaluate__enabled=True, sft__data__holdout=0.2, kto__data__holdout=0.2)
+    plan = run.plan()
+    assert set(expected_seconds(run, plan)) == {"evaluate"}
+    assert expected_examples(run, plan, known=()) == {"kto": 24}, "six steps of four rows"
+    plan.kto.max_steps, plan.kto.num_train_epochs = -1, 2
+    assert 48 <= expected_examples(run, plan, known=())["kto"] <= 80, "two passes over what is not held out of forty"
+    assert expected_examples(run, plan, known=("kto",)) == {}
+    plan.kto.data.file, plan.kto.data.dataset = None, "someone/rows"
+    assert expected_examples(run, plan, known=()) == {}, "nothing is fetched for it"
+
+
 def test_wishes_are_checked_as_they_are_made() -> None:
     assert ExportPlan(gguf="q4_k_m, Q8_0").gguf == ["Q4_K_M", "Q8_0"]  # type: ignore[arg-type]
     assert ExportPlan(upload="").upload is None
@@ -116,3 +129,20 @@ def test_parameters_are_counted_from_the_headers(tiny_model: Path, tmp_path: Pat
     with pytest.raises(FinetuiError, match="no safetensors file"):
         (tmp_path / "x.safetensors").write_bytes(b"{}")
         tensors_of(tmp_path / "x.safetensors")
+
+
+def test_a_run_that_the_disk_cannot_hold_is_refused_before_it_starts(
+    refused: Refused, rows_file: WriteRows, tiny_model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr("core.disk.shutil.disk_usage", lambda place: usage._replace(free=100_000))
+    words = ["sft", "--local-file", str(rows_file()), "--model-name", str(tiny_model), "--save-method", "merged_16bit"]
+    told = refused(*words, code=3)
+    assert "checkpoints and result" in told and "merged model" in told and "are free in" in told
+    assert not list(folder.glob("*")), "nothing was made"
+
+
+def test_weights_that_training_fetches_are_no_download_of_the_merge() -> None:
+    plain = Plan.model_validate({"model": {"name": "someone/plain"}, "export": {"save_method": "merged_16bit"}})
+    assert not find_base(plain, print, fetch=False).extra_download
+    assert find_base(seven(save_method="merged_16bit"), print, fetch=False).extra_download

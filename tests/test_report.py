@@ -21,7 +21,7 @@ from core.machine_use import use_of, versions
 from core.markdown import block, plain
 from core.notes import Note, write_note
 from core.places import value_without_places, without_places
-from core.report import gather, headline, plan_sources
+from core.report import artefact_row, gather, headline, plan_sources
 from core.report_files import write_reports
 from core.report_html import compared_as_html
 from core.runs import Run
@@ -311,3 +311,36 @@ def test_gathering_reads_only_what_is_there(evaluated: Run) -> None:
     report = gather(evaluated, rows=False)
     assert [stage.name for stage in report.stages] == ["SFT", "KTO"] and report.evaluations[0].cases == []
     assert all(not stage.samples for stage in report.stages)
+
+
+def test_settings_of_a_stage_that_one_run_has_not_do_not_differ() -> None:
+    chain = {"method": "sft-kto", "kto.beta": 2.0, "sft.max_steps": 5}
+    alone = {"method": "sft", "kto.beta": 0.1, "sft.max_steps": 6}
+    assert [path for path, _ in differences([chain, alone])] == ["method", "sft.max_steps"]
+    assert [path for path, _ in differences([chain, {**chain, "kto.beta": 1.0}, {}])] == ["kto.beta"]
+
+
+def test_what_was_made_is_listed_with_what_its_check_found() -> None:
+    def row(what: str, **event: Any) -> tuple[str, str, str]:
+        return artefact_row(what, {"t": 1.0, "kind": "artefact", "what": what, **event}, str)
+
+    found = {"prompts": 8, "same_answers": 6, "token_agreement": 0.98333}
+    packed = {**found, "reference": "4-bit base and adapter"}
+    assert row("merged_16bit", bytes=3 << 20, path="merge/x", check=packed) == (
+        "merged_16bit", "3 MiB", "98.3 % of the tokens of the 4-bit base and adapter, 6 of 8 answers whole",
+    )  # fmt: skip
+    told = row("Q4_K_M", check={**found, "calls": 8, "valid": 7, "right": 4})[2]
+    assert told == "98.3 % of the tokens of the merged model, 6 of 8 answers whole, 7 of 8 calls valid and 4 right"
+    assert row("merged_16bit", check={"skipped": "there is no GPU here"})[2] == "not compared: there is no GPU here"
+    assert row("upload", path="https://hub/me/x", bytes=1)[2] == "https://hub/me/x"
+    assert row("Q8_0", bytes="many", check={"prompts": 8})[1:] == ("", "")
+    assert row("Q8_0", check=["?"])[2] == ""
+
+
+def test_between_two_times_at_work_the_curves_of_the_machine_have_a_gap() -> None:
+    def sample(t: float, rss: int, cpu: float) -> dict[str, Any]:
+        return {"t": t, "kind": "gpu", "rss_bytes": rss << 30, "cpu_s": cpu}
+
+    use = use_of([sample(9, 1, 0), sample(14, 2, 5), sample(3009, 1, 6), sample(3014, 1, 11)])
+    assert use.curves["memory"]["process, RAM"] == [(0, 1), (5, 2), (3000, None), (3000, 1), (3005, 1)]
+    assert use.curves["utilisation"]["CPU"] == [(5, 100), (3005, None), (3005, 100)]

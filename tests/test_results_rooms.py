@@ -3,24 +3,36 @@
 import contextlib
 import io
 import json
+import os
 import re
 import shutil
 from pathlib import Path
 
 import pytest
+from conftest import MakeRun
 from pilots import CONTROLS, HOSTILE, frame, shows, until
 
 from core.evaluate import evaluate
-from core.evaluation import HELD_OUT, evaluation_path, evaluations
+from core.evaluation import HELD_OUT, evaluation_path, evaluations, missed_words
 from core.events import RunState
-from core.runs import Run, is_alive
+from core.runs import Run, is_alive, take_lock
 from core.train_events import Reporter
 from tui.app import FinetuiApp
 from tui.compare import CompareScreen
 from tui.dashboard import DashboardScreen
 from tui.evaluation import AskEvaluation, EvaluationScreen, SideBySide
+from tui.evaluation import answer_words as case_words
 from tui.home import HomeScreen
-from tui.samples import SamplesScreen, answer_words, cost_words, newest_words, series_of, step_words, verdict_of
+from tui.samples import (
+    SamplesScreen,
+    answer_words,
+    cost_words,
+    history_words,
+    newest_words,
+    series_of,
+    step_words,
+    verdict_of,
+)
 
 pytestmark = pytest.mark.usefixtures("own_cache_and_no_gpu")
 
@@ -163,6 +175,50 @@ def test_what_changed_in_an_answer_is_marked() -> None:
     assert cost_words(state) == "10 s, 5.0 % of the training"
     assert step_words(series, 19).plain.endswith(" 38 ") and step_words(series, 0).plain.endswith(" ›")
     assert "SFT step 38" in newest_words(state, 80).plain
+    assert history_words(series, 19, 60).plain.splitlines()[1].split() == ["›", "SFT", "step", "38", "answer", "38"]
+    twice = [sample(0, "a\nb", expected="c"), sample(2, "a\nb", expected="c"), sample(4, "c", expected="c")]
+    newest, same, first = history_words(twice, 2, 60).plain.splitlines()[1:]
+    assert newest.startswith("› SFT step 4") and newest.endswith("✔ c")
+    assert same.endswith("✘ the same") and first.endswith("✘ a⏎b")
+
+
+def test_the_share_that_samples_take_counts_a_stage_that_still_trains() -> None:
+    state = RunState()
+    state.fold({"t": 0.0, "kind": "stage_start", "name": "kto"})
+    state.fold({"t": 5.0, "kind": "totals", "stage": "kto", "steps": 9})
+    for step in (1, 2, 3):
+        state.fold({"t": 10.0 + 20 * step, "kind": "log", "stage": "kto", "step": step, "loss": 1.0})
+    state.fold({"t": 70.0, "kind": "sample", "stage": "kto", "step": 3, "number": 0, "prompt": "p", "seconds": 4.0})
+    assert cost_words(state) == "4 s, 10.0 % of the training"
+
+
+def test_what_departs_from_the_expected_answer_is_marked_where_the_two_are_alike() -> None:
+    expected = 'tool_call: play\narguments: {"artist": "the Doors"}'
+    marks = {"decision": True, "format": True, "tool": True, "arguments": False, "exact": False}
+    near = case_words("after KTO", {"answer": expected.replace("the Doors", "music"), "marks": marks}, expected)
+    assert [near.plain[span.start : span.end] for span in near.spans if "underline" in str(span.style)] == ["music"]
+    assert near.plain.endswith("✘ arguments")
+    far = case_words("base model", {"answer": "I like music.", "marks": marks | {"decision": False}}, expected)
+    assert far.plain.endswith("✘ no call") and not [span for span in far.spans if "underline" in str(span.style)]
+    assert missed_words({"decision": False, "exact": False}) == "a call where none is expected"
+    assert missed_words({"decision": True, "exact": False}) == "another text"
+    assert missed_words({"decision": True, "exact": True}) == missed_words({}) == ""
+
+
+async def test_training_is_not_stopped_as_an_evaluation(make_run: MakeRun, folder: Path) -> None:
+    run = make_run(name="busy")
+    run.events.append("run_start")
+    run.events.append("stage_start", name="sft")
+    handle = take_lock(run)
+    app = FinetuiApp(run.path.parent)
+    async with app.run_test(size=(100, 30)) as pilot:
+        await app.push_screen(EvaluationScreen(run))
+        await shows(pilot, "can be answered once it has ended")
+        assert app.screen.check_action("stop", ()) is False and app.screen.check_action("begin", ()) is False
+        run.events.append("stage_end", name="sft", status="done")
+        run.events.append("stage_start", name="evaluate")
+        await until(pilot, lambda: app.screen.check_action("stop", ()))
+    os.close(handle)
 
 
 async def test_runs_are_compared_with_evaluations_and_answers_over_three_axes(evaluated: Run, folder: Path) -> None:

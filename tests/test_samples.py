@@ -75,6 +75,29 @@ def test_a_sample_tells_prompt_expected_answer_and_what_it_cost(make_run: MakeRu
     assert len({(event["number"], event["prompt"]) for event in found}) == 3, "the same prompts every time"
 
 
+@pytest.mark.parametrize("holdout", [0.0, 0.3])
+def test_rows_without_labels_give_prompts_too_and_rows_labelled_bad_give_none(
+    make_run: MakeRun, rows_file: WriteRows, holdout: float
+) -> None:
+    plain = rows_file([good(f"Say {number}") for number in range(20)], "plain.jsonl")
+    rows = [good(f"Say {number}", label=number % 2 == 0, answer=str(number)) for number in range(20)]
+    mixed = rows_file(rows, "mixed.jsonl")
+    settings = {"sft__data__holdout": holdout, **SAMPLES}
+    stage = Stage(make_run("sft", sft__data__file=str(plain), **settings), "sft")
+    assert len(samples_of(stage.plan.samples, stage.loaded, stage.data)) == 3
+    both = Stage(make_run("sft", sft__data__file=str(mixed), sft__data__include_undesirable=True, **settings), "sft")
+    assert all(int(found.expected) % 2 == 0 for found in samples_of(both.plan.samples, both.loaded, both.data))
+
+
+def test_that_no_prompt_was_found_is_said(make_run: MakeRun, rows_file: WriteRows) -> None:
+    path = rows_file([{"messages": []}, good("Bye")], "own.jsonl")
+    stage = Stage(make_run("sft", samples__file=str(path), **SAMPLES), "sft")
+    assert sampling(stage).samples
+    stage.plan.samples.count = 0
+    assert not sampling(stage).samples
+    assert "No samples are taken" in events(stage.run, "notice")[-1]["text"]
+
+
 def test_prompts_of_ones_own_are_answered(make_run: MakeRun, rows_file: WriteRows) -> None:
     path = rows_file([{"prompt": "Hi"}, good("Bye")], "own.jsonl")
     stage = Stage(make_run("sft", samples__file=str(path), **SAMPLES), "sft")

@@ -12,7 +12,7 @@ from hub import FINE, READ, WRITE, WRONG, Hub, Repo
 from huggingface_hub import ModelCard, constants
 
 from core import gguf_tools, runner
-from core.artefacts import made, read_report
+from core.artefacts import ask_for, checked_request, made, read_report
 from core.cli import main
 from core.errors import FinetuiError
 from core.evaluation import HELD_OUT, REPORT_KEYS, evaluation_path
@@ -259,4 +259,21 @@ def test_what_is_uploaded_already_is_not_uploaded_again(
     capfd.readouterr()
     assert main(["upload", "one", "me/model", "--save-method", "lora", "--yes"]) == 0
     assert "made already" in capfd.readouterr().err
+    assert len(hub.repos["me/model"].commits) == 1
+
+
+def test_only_an_upload_sends_and_another_checkpoint_takes_nothing_from_earlier_wishes(
+    hub: Hub, finished: Finished, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = finished()
+    checkpoint = run.stage_path("sft") / "checkpoints" / "checkpoint-4"
+    shutil.copytree(run.final_model("sft"), checkpoint)
+    write_manifest(checkpoint)
+    assert main(["upload", "one", "me/model", "--save-method", "lora", "--yes"]) == 0
+    assert main(["merge", "one"]) == 0
+    assert "one of sft: merge" in capfd.readouterr().out
+    assert run.plan().export.upload is None
+    ask_for(run, checked_request(run, {"gguf": ["Q8_0"], "upload": "me/model"}))
+    assert main(["merge", "one", "--checkpoint", "sft/checkpoint-4"]) in (0, 2)
+    assert (run.plan().export.gguf, run.plan().export.upload) == ([], None)
     assert len(hub.repos["me/model"].commits) == 1

@@ -27,6 +27,7 @@ from tui.widgets import Banner, Line, Room, Words, keys
 MAX_SHOWN = 20_000
 TOOL_COMMAND = "/tool "
 REGENERATE_AT = 0.7
+PROMPTS_SHOWN = 8
 ENDINGS = {"length": "cut at the limit", "stopped": "stopped"}
 Messages = list[dict[str, Any]]
 
@@ -246,7 +247,7 @@ class ChatScreen(Room[None]):
             self.query_one("#setting", Words).say(self.setting_words())
             hint = self.query_one("#hint", Words)
             hint.display = self.failed or not self.turns
-            hint.say(self.state if self.state != "ready" else hint_words(bool(self.prompts)))
+            hint.say(self.state if self.state != "ready" else hint_words(self.prompts, self.size.width - 8))
             for place, turn in enumerate(self.turns):
                 self.paint_turn(place, turn)
 
@@ -384,9 +385,18 @@ def usable(tools: Any) -> tuple[dict[str, Any], ...]:
         return ()
 
 
-def hint_words(prompts: bool) -> str:
-    taken = "↑ puts a held-out prompt into the line, with its system prompt. " if prompts else ""
-    return f"{taken}Answers stream as they are written; Escape stops them. Leaving frees the memory of the model."
+def hint_words(prompts: Sequence[dict[str, Any]], width: int) -> Content:
+    """What can be done here, and the first held-out prompts."""
+    how = "Answers stream as they are written; Escape stops them. Leaving frees the memory of the model."
+    if not prompts:
+        return Content(how)
+    lines = [clean(prompt.get("user", ""), 200) for prompt in prompts[:PROMPTS_SHOWN]]
+    lines = [line if len(line) <= width else f"{line[: width - 1]}…" for line in lines]
+    more = f"\n  and {len(prompts) - PROMPTS_SHOWN} more" if len(prompts) > PROMPTS_SHOWN else ""
+    return Content.assemble(
+        how, "\n\n", ("↑ puts a held-out prompt into the line, with its system prompt and tools:", "bold"), "\n",
+        ("\n".join(f"  {line}" for line in lines) + more, "$foreground-muted"),
+    )  # fmt: skip
 
 
 def end_words(said: Heard) -> str:

@@ -40,6 +40,7 @@ from tui.widgets import Banner, Room, Words
 
 PERIOD_S = 2.0
 MAX_RUNS = len(MARKS)
+HEAD_WIDTH = 14
 METRICS = tuple(
     (key, title if name in (title, title.split()[0], title.split()[-1]) else f"{title} {name}")
     for title, keys in STEP_PANELS
@@ -120,16 +121,16 @@ class CompareScreen(Room[None]):
             self.paint(event)
 
     def curves(self) -> list[tuple[str, str]]:
-        """What at least one run has logged, as (stage, metric); margins and losses of KTO before those of SFT."""
+        """What at least one run has logged, as (stage, metric): what most have first, and of that KTO before SFT."""
         if not self.seen_now:
             return []
         stages = [stage for snapshot in self.seen_now.snapshots for stage in snapshot.state.stages]
-        return [
-            (name, key)
+        having = {
+            (name, key): sum(stage.name == name and len(stage.series.get(key, [])) > 1 for stage in stages)
             for name in reversed(TRAINING_STAGES)
             for key, _ in METRICS
-            if any(stage.name == name and len(stage.series.get(key, [])) > 1 for stage in stages)
-        ]
+        }
+        return sorted((curve for curve, runs in having.items() if runs), key=lambda curve: -having[curve])
 
     def paint(self, event: Seen) -> None:
         """Everything on this screen is painted here."""
@@ -152,14 +153,16 @@ class CompareScreen(Room[None]):
             self.query_one(Chart).show(Panel(title, lines, timed=timed, counted=counted), self.view)
         self.query_one("#results", Static).update(results_table(snapshots))
         self.paint_evaluations(event.sides)
-        self.query_one("#differences", Static).update(differences_table([side.settings for side in event.sides]))
+        self.query_one("#differences", Static).update(
+            differences_table([side.settings for side in event.sides], [side.name for side in event.sides])
+        )
 
     def paint_evaluations(self, sides: Sequence[Side]) -> None:
         """What the runs' last models earned, and whether the prompts were the same."""
         rows = evaluation_rows(sides)
         place, said = self.query_one("#evaluations", Static), self.query_one("#changes", Words)
         place.display = said.display = bool(rows)
-        place.update(evaluations_table(rows, len(sides)) if rows else "")
+        place.update(evaluations_table(rows, [side.name for side in sides]) if rows else "")
         several = sum(bool(side.report) for side in sides) > 1
         other = ["They answered other prompts; below, only those that both answered count."]
         said.say("\n".join([*(other if several and not same_prompts(sides) else []), *change_rows(sides)]))
@@ -228,17 +231,18 @@ def legend_words(snapshots: Sequence[Snapshot]) -> Content:
     return Content("\n").join(lines)
 
 
-def _table(title: str, count: int) -> Table:
+def _table(title: str, names: Sequence[str]) -> Table:
     table = Table(box=None, pad_edge=False, title=Text(title, style="bold"), title_justify="left")
     table.add_column("", no_wrap=True)
-    for index in range(count):
-        table.add_column(Text(MARKS[index]), justify="right", overflow="ellipsis")
+    for mark, name in zip(MARKS, names, strict=False):
+        head = Text.assemble((f" {mark} ", "reverse"), " ", clean(name, 100)[-HEAD_WIDTH:])
+        table.add_column(head, justify="right", overflow="ellipsis")
     return table
 
 
 def results_table(snapshots: Sequence[Snapshot]) -> Table:
     """How the runs ended, a column a run."""
-    table = _table("Results", len(snapshots))
+    table = _table("Results", [snapshot.run.name for snapshot in snapshots])
 
     def row(word: str, cells: Sequence[str]) -> None:
         if any(cell not in ("–", "") for cell in cells):
@@ -259,19 +263,19 @@ def _last(stage: StageState | None, key: str, digits: int) -> str:
     return number(stage.last(key), digits) if stage else "–"
 
 
-def differences_table(settings: Sequence[dict[str, Any]]) -> Table:
+def differences_table(settings: Sequence[dict[str, Any]], names: Sequence[str]) -> Table:
     """The settings that are not the same in every run, a column a run; a plan that cannot be read differs in none."""
     unlike = differences(settings)
-    table = _table("Settings that differ" if unlike else "Settings: all the same", len(settings))
+    table = _table("Settings that differ" if unlike else "Settings: all the same", names)
     for path, values in unlike:
         cells = ["–" if value is None else str(value) for value in values]
         table.add_row(Text(path, style="dim"), *(Text(clean(cell, 60)) for cell in cells))
     return table
 
 
-def evaluations_table(rows: Sequence[tuple[str, list[str]]], count: int) -> Table:
+def evaluations_table(rows: Sequence[tuple[str, list[str]]], names: Sequence[str]) -> Table:
     """What each run's last model earned on its held-out prompts, a column a run."""
-    table = _table("Held-out prompts, share right and its 95 % interval", count)
+    table = _table("Held-out prompts, share right and its 95 % interval", names)
     for word, cells in rows:
         table.add_row(Text(word, style="dim"), *(Text(clean(cell, 40)) for cell in cells))
     return table

@@ -18,20 +18,23 @@ from textual.widgets import DataTable, Input, Static
 from textual.worker import get_current_worker
 
 from core.compare import Shared
-from core.evaluation import Report, Row, evaluations, failed, read_cases, variant_words
+from core.evaluation import Report, Row, evaluations, failed, missed_words, read_cases, variant_words
 from core.evaluation_report import remarks
 from core.runs import Run, request_stop
-from core.scores import MARKS
 from core.text import clean
 from core.watch import shown_result
 from tui.dialogs import RunRoom
 from tui.follow import Follower, Snapshot
 from tui.report import now_words
+from tui.samples import changed_words
 from tui.widgets import Banner, Words, keys, status_words
 
 PERIOD_S = 1.0
 MAX_CASES = 2000
 PROMPT_WIDTH = 60
+MAX_ANSWER = 6000
+ALIKE = 0.4
+"""What differs is marked in an answer that has at least this share of the expected words."""
 
 
 @dataclass
@@ -172,6 +175,14 @@ class EvaluationScreen(RunRoom):
     def live(self) -> bool:
         return bool(self.snapshot and self.snapshot.live)
 
+    @property
+    def evaluating(self) -> bool:
+        """Whether what goes on is an evaluation; the run may be training, too."""
+        if not (self.live and self.snapshot):
+            return False
+        state = self.snapshot.state
+        return state.task == "evaluate" or bool(state.current and state.current.name == "evaluate")
+
     def paint(self) -> None:
         """Everything but the cases is painted here."""
         snapshot, width = self.snapshot, max(20, self.size.width - 4)
@@ -181,7 +192,8 @@ class EvaluationScreen(RunRoom):
         table: Any = None
         said: list[str] = []
         if self.live and snapshot:
-            now.say(now_words(snapshot, width))
+            busy = "" if self.evaluating else "\n\nIts held-out prompts can be answered once it has ended."
+            now.say(Content.assemble(now_words(snapshot, width), (busy, "$foreground-muted")))
             state = snapshot.state
             fresh = state.result.get("t", 0) >= (state.task_started or state.started or 0)
             table = shown_result(state.result, width) if fresh else None
@@ -203,6 +215,7 @@ class EvaluationScreen(RunRoom):
         """The rows of the table of cases."""
         table = self.query_one("#cases", DataTable)
         table.clear(columns=True)
+        table.display = bool(self.found)
         self.cases = []
         if not self.found:
             self.query_one("#cases-head", Words).say("")
@@ -222,7 +235,7 @@ class EvaluationScreen(RunRoom):
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         if action == "stop":
-            return self.live
+            return self.evaluating
         if action == "begin":
             return not self.live
         if action in ("open", "filter", "copy"):
@@ -314,7 +327,7 @@ def tool_table(report: Report, width: int) -> Table | None:
 def _case_cells(row: Row, variants: Sequence[str]) -> list[Text]:
     wrong = {name: failed(row, name) for name in variants}
     counts = [f"✘ {len(missed)}" if missed else "✔" for missed in wrong.values()]
-    misses = ", ".join(MARKS[mark][0] for mark in wrong[variants[-1]] if mark != "exact")
+    misses = missed_words(row["answers"].get(variants[-1], {}).get("marks", {}))
     cells = [str(row.get("line", "")), cut(row.get("tool") or "–", 26), *counts, cut(misses, 40)]
     return [Text(cell) for cell in [*cells, cut(row.get("prompt", ""), PROMPT_WIDTH)]]
 
@@ -401,10 +414,10 @@ class SideBySide(RunRoom):
         self.query_one("#prompt", Words).say(
             Content.assemble((clean(item.where, 100), "$foreground-muted"), "\n", prompt)
         )
-        words = "nothing in particular" if item.expected is None else clean(item.expected, 6000, newlines=True)
+        words = "nothing in particular" if item.expected is None else clean(item.expected, MAX_ANSWER, newlines=True)
         self.query_one("#answer-0", Words).say(Content.assemble(("expected", "bold"), "\n\n", words))
         for place, (whose, answer) in enumerate(item.answers, 1):
-            self.query_one(f"#answer-{place}", Words).say(answer_words(whose, answer))
+            self.query_one(f"#answer-{place}", Words).say(answer_words(whose, answer, item.expected))
         self.query_one("#scroll").scroll_home(animate=False)
 
     def action_turn(self, by: int) -> None:
@@ -414,12 +427,16 @@ class SideBySide(RunRoom):
             self.paint()
 
 
-def answer_words(whose: str, answer: dict[str, Any] | None) -> Content:
-    """An answer with the marks it missed."""
+def answer_words(whose: str, answer: dict[str, Any] | None, expected: str | None = None) -> Content:
+    """An answer, where it departs from the expected one underlined, and under it what it missed."""
     head = Content.styled(clean(whose, 40), "bold")
     if answer is None:
         return Content.assemble(head, "\n\n", ("no answer", "$foreground-muted"))
-    wrong = ", ".join(MARKS[mark][0] for mark in MARKS if answer["marks"].get(mark) is False)
+    text = clean(answer.get("answer", ""), MAX_ANSWER, newlines=True)
+    wrong = missed_words(answer["marks"])
     verdict = (f"✘ {wrong}", "$text-error") if wrong else ("✔ right" if answer["marks"] else "", "$text-success")
+    shown = Content(text)
+    if wrong and expected:
+        shown = changed_words(text, clean(expected, MAX_ANSWER, newlines=True), least_alike=ALIKE)
     cut = "\n(cut at the limit of tokens)" if answer.get("cut") else ""
-    return Content.assemble(head, "\n", verdict, "\n\n", clean(answer.get("answer", ""), 6000, newlines=True), cut)
+    return Content.assemble(head, "\n\n", shown, cut, "\n\n", verdict)

@@ -24,9 +24,14 @@ from core.runs import Run
 from core.text import clean
 from tui.widgets import Choice, Line, Words, keys
 
-FORMS = (("lora", "adapter as it is"), ("merged_16bit", "merged, 16-bit"), ("merged_4bit", "merged, 4-bit (GPU)"))
+FORMS = (("lora", "adapter as it is"), ("merged_16bit", "merged, 16-bit"), ("merged_4bit", "merged, 4-bit"))
 QUANTISATIONS = ("Q4_K_M", "Q5_K_M", "Q8_0", "F16")
 ACCESS = (("public", "public"), ("private", "private"))
+
+
+def head_words(name: str, what: str) -> Content:
+    """A field's name and what it is for."""
+    return Content.assemble((name, "bold"), (f"  {what}", "$foreground-muted"))
 
 
 class Ticks(Widget, can_focus=True):
@@ -111,14 +116,14 @@ class ExportScreen(ModalScreen[bool]):
     def compose(self) -> ComposeResult:
         with VerticalScroll(classes="dialog -export"):
             yield Words(Content.styled(f"Merge, GGUF, upload: {clean(self.run_shown.name, 60)}", "bold"))
-            yield Words("form", classes="name")
+            yield Words(head_words("form", "for transformers and vLLM"), classes="name")
             yield Choice(FORMS, "merged_16bit", classes="form")
-            yield Words("GGUF", classes="name")
+            yield Words(head_words("GGUF", "for llama.cpp, Ollama, LM Studio; Q4_K_M is the usual one"), classes="name")
             yield Ticks(QUANTISATIONS, classes="gguf")
-            yield Words("upload to", classes="name")
+            yield Words(head_words("upload to", "with a model card that is written for you"), classes="name")
             yield Line("", placeholder="OWNER/NAME on the Hub; empty: no upload", classes="upload")
             yield Choice(ACCESS, "private", classes="access")
-            yield Words("from", classes="name")
+            yield Words(head_words("from", "which result"), classes="name")
             yield Line("", placeholder="the last stage's result", classes="checkpoint")
             yield Words(classes="there")
             yield Words(id="verdict")

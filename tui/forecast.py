@@ -1,7 +1,6 @@
 """What a plan will take: steps, tokens, disk, memory, time; and what differs from the last run. No widgets."""
 
 import math
-import shutil
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,9 +11,10 @@ from core import gpu
 from core.artefacts import seconds_expected
 from core.budget import item_lines, place_of, verdicts
 from core.config import OPTIONS
+from core.disk import disk_of, size_words
 from core.errors import FinetuiError
-from core.memory import GIB, Lengths, shape_in
-from core.outlook import export_bytes, export_parameters
+from core.memory import GIB, Lengths
+from core.outlook import export_parameters
 from core.plan import Plan
 from core.prepare import planned_steps
 from core.runs import Run, list_runs
@@ -23,9 +23,6 @@ from core.text import clean, duration, number
 from core.turns import device_of, in_use
 
 LOOKED_AT_RUNS = 20
-DOWNLOAD_GIB = {"135m": 0.1, "3b": 2.1, "7b": 3.9, "13b": 6.8, "20b": 12.0}
-"""About what the presets' models take on disk: not measured, the 135m apart."""
-DEMO_DOWNLOAD, DEMO_MODEL_BYTES = 98e6, 540e6
 
 
 @dataclass(frozen=True)
@@ -165,63 +162,24 @@ def memory_words(plan: Plan, counts: Counts, source: ModelSource | None) -> tupl
 # --- disk ---
 
 
-def adapter_parameters(plan: Plan, source: ModelSource) -> int | None:
-    """Parameters of the LoRA on the plan's projections; None where the model's shape is not known."""
-    shape = shape_in(model_folder(source), plan.model.size)
-    return shape.adapter_parameters(plan.lora.target_modules, plan.lora.r) if shape else None
-
-
-def download_bytes(plan: Plan, source: ModelSource) -> tuple[float, str] | None:
-    """Bytes that getting the model will put on the disk, and the words for it; None where they are not known."""
-    if model_folder(source):
-        return 0.0, "the model is here"
-    if plan.model.name == DEMO_MODEL:
-        return DEMO_DOWNLOAD + DEMO_MODEL_BYTES, "the demo model's download and conversion"
-    known = DOWNLOAD_GIB.get(plan.model.size or "")
-    return (known * GIB, "the model's download") if known else None
-
-
-def checkpoint_bytes(plan: Plan, counts: Counts, parameters: int) -> float:
-    """Bytes of checkpoints (fp32 adapter and two moments each) and final adapters that the run keeps."""
-    total = 0.0
-    for stage in plan.training_stages:
-        settings, count = plan.stage(stage), counts.get(stage)
-        moment = 1 if "8bit" in settings.optim else 4
-        kept = settings.save_total_limit
-        if count:
-            kept = min(kept, steps_of(plan, stage, count)[1] // settings.save_steps + 1)
-        reference = 4 if stage == "kto" and plan.method == "sft-kto" else 0
-        total += parameters * ((4 + 2 * moment + reference) * (kept + 1) + 4)  # one more while the newest is written
-    return total
-
-
 def disk_words(plan: Plan, source: ModelSource, counts: Counts, runs_folder: Path) -> tuple[str, bool]:
     """Disk needed (an estimate) against what is free where the runs lie, and whether it is enough."""
-    place = runs_folder
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    parameters = adapter_parameters(plan, source)
-    download = download_bytes(plan, source)
-    run = checkpoint_bytes(plan, counts, parameters) if parameters else 0.0
-    parts = [f"checkpoints and result {size_words(run)}" if parameters else "checkpoints unknown for this model"]
-    if download is None:
+    steps = {name: steps_of(plan, name, count)[1] for name, count in counts.items() if name in plan.training_stages}
+    found = disk_of(plan, source, steps, runs_folder)
+    parts = [f"{what} {size_words(count)}" for what, count in found.needed.items() if what != "model"]
+    if "checkpoints" in found.unknown:
+        parts.insert(0, "checkpoints unknown for this model")
+    if "model" in found.unknown:
         parts.append("the model's size is known once it is fetched")
-    elif download[0]:
-        parts.append(f"{download[1]} {size_words(download[0])}")
+    elif download := found.needed.get("model"):
+        what = "the demo model's download and conversion" if plan.model.name == DEMO_MODEL else "the model's download"
+        parts.append(f"{what} {size_words(download)}")
     else:
-        parts.append(download[1])
-    exports = export_bytes(plan)
-    parts += [f"{what} {size_words(count)}" for what, count in (exports or {}).items()]
-    if exports is None:
+        parts.append("the model is here")
+    if "export" in found.unknown:
         parts.append("what is made of it is known once the model is fetched")
-    needed = run + (download[0] if download else 0) + sum((exports or {}).values())
-    return f"about {size_words(needed)} (an estimate: {', '.join(parts)}), {size_words(free)} free", needed <= free
-
-
-def size_words(count: float) -> str:
-    """Bytes for people."""
-    return f"{count / GIB:.1f} GiB" if count >= GIB / 10 else f"{count / (1 << 20):.0f} MiB"
+    words = f"about {size_words(found.total)} (an estimate: {', '.join(parts)}), {size_words(found.free)} free"
+    return words, found.enough
 
 
 # --- the runs before ---

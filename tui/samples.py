@@ -15,7 +15,7 @@ from textual.content import Content
 from textual.message import Message
 from textual.worker import get_current_worker
 
-from core.events import Event, RunState
+from core.events import Event, RunState, StageState
 from core.runs import Run
 from core.scores import expected_of, score
 from core.text import clean, duration
@@ -41,10 +41,16 @@ def answer_words(sample: Event, before: Event | None, limit: int = MAX_SHOWN, *,
     answer = clean(sample.get("answer", ""), limit, newlines=newlines)
     if before is None:
         return Content(answer)
-    old = clean(before.get("answer", ""), limit, newlines=newlines)
-    new_words, old_words = _words(answer), _words(old)
-    parts: list[Any] = []
+    return changed_words(answer, clean(before.get("answer", ""), limit, newlines=newlines))
+
+
+def changed_words(text: str, before: str, *, least_alike: float = 0.0) -> Content:
+    """`text` with the words marked that are not in `before`; plain where the two are less alike than `least_alike`."""
+    new_words, old_words = _words(text), _words(before)
     matcher = difflib.SequenceMatcher(None, old_words, new_words, autojunk=False)
+    if matcher.ratio() < least_alike:
+        return Content(text)
+    parts: list[Any] = []
     for kind, _, _, start, end in matcher.get_opcodes():
         if start < end:
             parts.append(("".join(new_words[start:end]), "" if kind == "equal" else CHANGED))
@@ -93,9 +99,14 @@ def newest_words(state: RunState, width: int, limit: int = 3) -> Content:
 def cost_words(state: RunState) -> str:
     """What the samples have taken so far, and of how much training."""
     spent = sum(float(sample.get("seconds") or 0) for sample in state.samples)
-    trained = sum(stage.phase_seconds.get("train", 0) for stage in state.stages)
+    trained = sum(stage.phase_seconds.get("train") or _so_far(stage) for stage in state.stages)
     share = f", {100 * spent / trained:.1f} % of the training" if trained > spent > 0 else ""
     return f"{duration(spent)}{share}" if spent else ""
+
+
+def _so_far(stage: StageState) -> float:
+    """Seconds from the first to the newest logged step of a stage that trains."""
+    return stage.pace[-1][0] - stage.pace[0][0] if stage.pace else 0.0
 
 
 class SamplesBody(VerticalScroll):
@@ -141,6 +152,7 @@ class SamplesScreen(Room[None]):
             yield Words(id="steps")
             yield Words(id="answer")
             yield Words(id="expected")
+            yield Words(id="history")
 
     def on_mount(self) -> None:
         self.query_one("#scroll").focus()
@@ -191,6 +203,7 @@ class SamplesScreen(Room[None]):
         self.query_one("#expected", Words).say(
             Content.assemble(("expected\n", "$foreground-muted"), expected) if expected else ""
         )
+        self.query_one("#history", Words).say(history_words(series, at, max(20, self.size.width - 6)))
 
     def action_step(self, by: int) -> None:
         if self.series:
@@ -203,6 +216,20 @@ class SamplesScreen(Room[None]):
         if self.series:
             self.number = (self.number + by) % len(self.series)
             self.paint()
+
+
+def history_words(series: Sequence[Event], at: int, width: int, shown: int = 60) -> Content:
+    """Every answer to the prompt in a line each, newest first, what changed underlined; one that did not is told so."""
+    lines: list[Content] = []
+    for place in range(len(series) - 1, max(-1, len(series) - 1 - shown), -1):
+        sample, before = series[place], series[place - 1] if place else None
+        head = f"{'›' if place == at else ' '} {where_words(sample):<14}{verdict_of(sample)[:1] or ' '} "
+        if before is not None and before.get("answer") == sample.get("answer"):
+            lines.append(Content.assemble((head, "$foreground-muted"), ("the same", "$foreground-muted")))
+            continue
+        answer = answer_words(sample, before, 600, newlines=False).truncate(max(10, width - len(head)), ellipsis=True)
+        lines.append(Content.assemble((head, "$foreground-muted"), answer))
+    return Content("\n").join([Content.styled("all answers, newest first", "$foreground-muted"), *lines])
 
 
 def step_words(series: Sequence[Event], at: int, shown: int = 9) -> Content:
