@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from core.checkpoints import complete_checkpoints, is_complete
 from core.errors import FinetuiError
 from core.events import EventLog, RunState, parse_line, state_of
 from core.notes import Note, read_note
@@ -36,7 +37,6 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-MANIFEST = "finetui-manifest.json"
 
 
 @dataclass(frozen=True)
@@ -112,39 +112,6 @@ class Run:
     def newest_checkpoint(self, stage: str) -> Path | None:
         """The complete checkpoint with the highest step, or None."""
         return next(iter(complete_checkpoints(self.stage_path(stage) / "checkpoints")), None)
-
-
-def write_manifest(folder: Path) -> None:
-    """List every file of `folder` with its size in bytes, written last: the mark of a complete checkpoint or model."""
-    files = {
-        str(file.relative_to(folder)): file.stat().st_size
-        for file in sorted(folder.rglob("*"))
-        if file.is_file() and file.name != MANIFEST
-    }
-    for file in files:
-        with (folder / file).open("rb") as stream:
-            os.fsync(stream.fileno())
-    with writing_whole(folder / MANIFEST) as stream:
-        json.dump({"files": files}, stream, indent=1)
-
-
-def is_complete(folder: Path) -> bool:
-    """Whether `folder` has a manifest and every file in it has the size the manifest says."""
-    try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        return bool(files) and all((folder / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
-
-
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints of `folder`, newest step first."""
-    numbered = []
-    for path in folder.glob("checkpoint-*"):
-        step = path.name.removeprefix("checkpoint-")
-        if step.isdigit() and is_complete(path):
-            numbered.append((int(step), path))
-    return [path for _, path in sorted(numbered, reverse=True)]
 
 
 def create_run(folder: Path, resolved: "Resolved") -> Run:

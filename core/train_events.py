@@ -9,8 +9,9 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from core.best import best_step
+from core.checkpoints import complete_checkpoints, write_manifest
 from core.reporter import RESUME_ADVICE, Reporter, Stopped
-from core.runs import complete_checkpoints, write_manifest
+from core.train_alarms import is_finite
 
 __all__ = ["RESUME_ADVICE", "EventCallback", "Reporter", "Stopped"]
 
@@ -69,6 +70,11 @@ class EventCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = Path(args.output_dir or "") / f"checkpoint-{state.global_step}"
+        if not is_finite(kwargs["model"]):
+            shutil.rmtree(folder, ignore_errors=True)
+            text = f"No checkpoint at step {state.global_step}: the weights are not finite (NaN or infinity)."
+            self.reporter.notice(text, "error", f"Stop it and lower {self.reporter.stage}.learning_rate.")
+            return
         write_manifest(folder)
         self.reporter.event("checkpoint", step=state.global_step, path=str(folder.relative_to(self.reporter.run.path)))
         complete, best = complete_checkpoints(folder.parent), best_step(state.log_history)
