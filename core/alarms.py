@@ -18,6 +18,7 @@ SURE = 3
 """Logged steps for which what spoils a run must have stood before the run is stopped for it."""
 MARGIN_MOVED = 0.01
 LOSS_MOVED = 1e-6
+LEARNED = 0.05
 FORGOTTEN = 2000
 Points = Sequence[tuple[int, float | None]]
 
@@ -105,10 +106,10 @@ def _still(stage: StageState, name: str) -> list[Alert]:
     """What should have moved by now and has not; a warm-up moves nothing yet."""
     losses = [value for _, value in stage.series["loss"] if value is not None]
     rate = f"{stage.name}.learning_rate"
-    if len(losses) >= SOON and max(losses[-SOON:]) - min(losses[-SOON:]) <= LOSS_MOVED * abs(losses[-1]):
-        text = f"{name}: the loss is {number(losses[-1])} in each of the last {SOON} logs: it is frozen."
-        advice = f"The weights do not change: {rate} is too low or 0, or the rows are all the same."
-        return [Alert(3, text, advice, "frozen", stage.step)]
+    if stage.name != "kto" and len(losses) >= SOON and _frozen(losses):
+        text = f"{name}: the loss has not moved from {number(losses[-1])} in {SOON} logs: it is frozen."
+        advice = f"The weights do not change: {rate} is too low, no token counts, or the rows are all the same."
+        return [Alert(2, text, advice, "frozen")]
     warm = since_warm_up(stage)
     if stage.name == "kto":
         return _still_kto(stage, name, warm)
@@ -120,6 +121,12 @@ def _still(stage: StageState, name: str) -> list[Alert]:
         return []
     advice = f"Raise {rate}; see in the preview that the answers are trained."
     return [Alert(2, f"{name}: the loss has not moved from {number(late, 3)}.", advice, "still")]
+
+
+def _frozen(losses: Sequence[float]) -> bool:
+    """The same figure five times over. A trainer rounds it to four places: one near 0 may be the same for long."""
+    same = max(losses[-SOON:]) - min(losses[-SOON:]) <= LOSS_MOVED * abs(losses[-1])
+    return same and (losses[-1] >= LEARNED or not any(losses))
 
 
 def _still_kto(stage: StageState, name: str, warm: int) -> list[Alert]:
@@ -138,12 +145,12 @@ def _still_kto(stage: StageState, name: str, warm: int) -> list[Alert]:
 
 
 def since_warm_up(stage: StageState) -> int:
-    """The last logged step of the warm-up; the last of all while the rate still climbs, 0 where no rate is logged."""
+    """The last logged step of the warm-up; the newest while it lasts. Where no rate is logged it is a third."""
     rates = [(step, value) for step, value in stage.series.get("learning_rate", []) if value is not None]
     for (step, value), (_, later) in zip(rates, rates[1:], strict=False):
         if later <= value and value > 0:
             return step
-    return rates[-1][0] if rates else 0
+    return rates[-1][0] if rates else 0 if stage.step >= 0.3 * stage.total_steps else stage.step
 
 
 def _tail_length(points: Points, bad: Callable[[float | None], bool]) -> int:

@@ -139,7 +139,7 @@ def test_the_machine_alarms_while_the_run_lives_and_the_weightiest_comes_first()
     found = said(snapshot)
     assert "1.0 GiB are free" in found[0] and any("91 °C" in text for text in found)
     assert any("GPU 1 is slowed down: temperature" in text for text in found)
-    assert said(replace(snapshot, status="done")) == ["SFT: the loss has not moved from 1."]
+    assert said(replace(snapshot, status="done")) == ["SFT: the loss has not moved from 1 in 5 logs: it is frozen."]
     assert "! " in alert_words(alerts(snapshot)).plain
 
 
