@@ -18,6 +18,9 @@ from typing import Any
 from core.stages import EXPORT_STAGES
 
 VERSION = 1
+FULL = (errno.ENOSPC, errno.EDQUOT)
+RESERVE_BYTES = 256 * 1024
+LAST_WORDS = ("error", "stage_end", "run_end", "task_end")
 MAX_TEXT = 20_000
 MAX_ARTEFACTS = 50
 MAX_T = 4e9  # the year 2096; a larger time is no time, and clocks cannot show it
@@ -44,13 +47,43 @@ class EventLog:
         line = json.dumps(event, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace") + b"\n"
         if not self.whole:
             line = self._mended() + line
+        try:
+            self._write(line)
+        except OSError as error:
+            if error.errno not in FULL or kind not in LAST_WORDS or not self._use_reserve():
+                raise
+            self._write(b"\n" + line)
+
+    def _write(self, line: bytes) -> None:
         handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        self.whole = False
         try:
             self.whole = os.write(handle, line) == len(line)
         finally:
             os.close(handle)
         if not self.whole:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+
+    @property
+    def reserve(self) -> Path:
+        """A file that gives its place on a full disk to the last words of a run."""
+        return self.path.with_name(".reserve")
+
+    def keep_reserve(self) -> None:
+        """Make the reserve anew, if there is room for it."""
+        with contextlib.suppress(OSError):
+            handle = os.open(self.reserve, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            try:
+                os.write(handle, os.urandom(RESERVE_BYTES))  # zeros would take no place on some file systems
+            finally:
+                os.close(handle)
+
+    def _use_reserve(self) -> bool:
+        try:
+            self.reserve.unlink()
+        except OSError:
+            return False
+        return True
 
     def _mended(self) -> bytes:
         """What ends a torn last line, so that the next event does not become part of it."""

@@ -317,7 +317,7 @@ def summary(run: Run, tail_bytes: int = 65_536) -> dict[str, Any]:
     loss, margin.
     """
     state = RunState(name=run.name)
-    for event in _ends(run.events_path, tail_bytes):
+    for event in head_and_tail(run.events_path, tail_bytes):
         state.fold(event)
     if state.end_status is None and not is_alive(run) and (end := _last_end(run.events_path)):
         state.fold(end)
@@ -361,7 +361,7 @@ def _modified(path: Path) -> float | None:
     return None
 
 
-def _ends(path: Path, tail_bytes: int) -> Iterator[dict[str, Any]]:
+def head_and_tail(path: Path, tail_bytes: int) -> Iterator[dict[str, Any]]:
     """Events of the log's head and tail; the middle of a long log is passed over."""
     try:
         with path.open("rb") as stream:

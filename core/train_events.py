@@ -10,6 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from core.best import best_step
 from core.checkpoints import complete_checkpoints, write_manifest
+from core.errors import FinetuiError
 from core.reporter import RESUME_ADVICE, Reporter, Stopped
 from core.train_alarms import is_finite
 
@@ -31,6 +32,8 @@ class EventCallback(TrainerCallback):
         self.last_time = time.monotonic()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not self.reporter.run.plan_path.exists():  # else a checkpoint would make it anew, without its plan
+            raise FinetuiError("The run's folder was deleted while it trained.", "Start it again.")
         if self.reporter.stop_asked:
             control.should_training_stop = True
             control.should_save = True

@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
@@ -320,12 +321,20 @@ def show_end(out: Console, run: Run, state: RunState, end: str) -> None:
     for what, event in state.artefacts.items():
         say(f"{what}: {event.get('path') if '://' in str(event.get('path')) else run.path / str(event.get('path'))}")
     if end in ("failed", "crashed"):
-        for error in state.errors[-1:]:
-            say(str(error.get("message", ""))[:600], "red")
-            say(f"{error.get('advice', '')}")
+        show_card(run, end, say)
         say(f"Log: {run.log_path}")
     if end in ("failed", "crashed", "stopped", "aborted"):
         say(f"Resume: finetui resume {run.name}")
+
+
+def show_card(run: Run, end: str, say: Callable[..., None]) -> None:
+    """What happened to a run that failed, and the command that applies the remedy."""
+    from core.postmortem import examined
+
+    if found := examined(run, end):
+        say(f"✘ {found.title}", "red")
+        for word, text in found.lines(f"finetui resume --fix {run.name}:"):
+            say(f"  {word:<7} {text}")
 
 
 def show_run(out: Console, run: Run) -> None:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from core.events import Event, EventTail, RunState, StageState, parse_line
 from core.gpu import GpuSample, gpu_report
@@ -15,10 +15,13 @@ from core.notes import Note, note_mark, read_note
 from core.runs import Run, is_alive, list_runs, status, summary
 from core.text import clean
 
+if TYPE_CHECKING:
+    from core.postmortem import PostMortem
+
 MAX_POINTS = 600
 KEPT_POINTS = 4000
 MAX_SAMPLES = 240
-LIVE = ("running", "stopping")
+LIVE, FAILED = ("running", "stopping"), ("failed", "crashed")
 GIB = 1 << 30
 BREATH_LINES, BREATH_S = 1000, 0.001
 BATCH_BYTES = 1_500_000
@@ -71,6 +74,8 @@ class Snapshot:
     """By stage: (step, seconds of training up to it)."""
     energy_j: float | None = None
     disk_free: int | None = None
+    card: "PostMortem | None" = None
+    """What happened, where the run has failed."""
     partial: bool = False
     """A first look at a long log; the whole follows."""
 
@@ -201,6 +206,7 @@ class Follower:
         self._shown: tuple[str, Any] = ("", None)
         self._copy: dict[str, Any] = {}
         self._disk: tuple[float, int | None] = (-DISK_EVERY_S, None)
+        self._examined: tuple[tuple[str, int], PostMortem | None] = (("", -1), None)
 
     def read(self) -> Snapshot | None:
         """What the run is now, or None where nothing has happened since the last call and nothing lives."""
@@ -229,18 +235,24 @@ class Follower:
 
     def _take_copy(self) -> None:
         self._copy = {
-            "state": _copied(self._state),
-            "sensors": self._sensors.lines(),
-            "clocks": self._clock.points(),
+            "state": _copied(self._state), "sensors": self._sensors.lines(), "clocks": self._clock.points(),
             "energy_j": self._sensors.energy_j,
-        }
+        }  # fmt: skip
 
     def _snapshot(self, now: str) -> Snapshot:
         note = read_note(self.run.path) or Note(self._state.note)
+        mark = (now, self._tail.offset)
+        if self._examined[0] != mark and now in FAILED:
+            self._examined = mark, self._examine(now)
         return Snapshot(
             self.run, now, phase_started=self._phase_started, taken=time.time(), note=note,
-            disk_free=self._disk_free() if now in LIVE else None, **self._copy,
+            disk_free=self._disk_free() if now in LIVE else None, card=self._examined[1] if now in FAILED else None, **self._copy,
         )  # fmt: skip
+
+    def _examine(self, now: str) -> "PostMortem | None":
+        from core.postmortem import examined  # here, for hardly any run needs it
+
+        return examined(self.run, now)
 
     def _disk_free(self) -> int | None:
         if time.monotonic() - self._disk[0] > DISK_EVERY_S:

@@ -129,15 +129,23 @@ def end_words(snapshot: Snapshot) -> Content:
                 Content.assemble((f"✔ model after {STAGE_NAMES[stage.name]}: ", "$text-success"), clean(path, 400))
             )
     lines += made_words(snapshot.state, str(snapshot.run.path))
-    if snapshot.status in ("failed", "crashed"):
-        for error in snapshot.state.errors[-1:]:
-            message = f"✘ {clean(error.get('type', ''), 40)}: {clean(error.get('message', ''), 600)}"
-            lines += [Content.styled(message, "$text-error"), Content(clean(error.get("advice") or "", 400))]
-        if not snapshot.state.errors:
-            lines.append(Content.styled("✘ It ended without a word: killed, or the machine went down.", "$text-error"))
+    lines += card_words(snapshot)
     if snapshot.status in ("failed", "crashed", "stopped", "aborted") and not isinstance(snapshot.run, Recording):
         lines.append(Content.assemble("r goes on from the newest checkpoint, l shows the log."))
     return Content("\n").join(lines)
+
+
+def card_words(snapshot: Snapshot) -> list[Content]:
+    """The card of a run that failed: what happened, evidence, cause, and the key that applies the remedy."""
+    if not (card := snapshot.card):
+        return []
+    lines = [Content.styled(f"✘ {card.title}", "bold $text-error")]
+    for word, text in card.lines("f"):
+        if word == "remedy" and isinstance(snapshot.run, Recording):
+            continue
+        hue = "bold $text-success" if word == "remedy" else "$foreground-muted" if word == "log" else ""
+        lines.append(Content.assemble((f"  {word:<7} ", "$foreground-muted"), (text, hue)))
+    return lines
 
 
 def can_be_exported(snapshot: Snapshot) -> bool:
