@@ -30,6 +30,8 @@ SIZES = (
     (rf"total capacity of {SIZE}", "of {}"), (rf"this process has {SIZE} memory in use", "the trainer held {}"),
 )  # fmt: skip
 TRACE = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception|Interrupt|Fault)\b.*|^Fatal Python error: .*|.*\bKilled\b.*")
+NO_EVIDENCE = re.compile(r"^\{'|^Extension modules:|^File \"<frozen|^\s*\^+$")
+CRASHED_IN = re.compile(r"most recent call first\):\n\s*(File .*)")
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,8 @@ class PostMortem:
         if self.stage not in TRAINING_STAGES:
             return clean(f"{self.stage or 'The run'} failed: {self.cause.title}", 200)
         total = f" of {self.total}" if self.total else ""
-        steps = f"at step {self.step}{total}" if self.step else "before its first step"
+        first = f"before it went on from step {self.resumes_at}" if self.resumes_at else "before its first step"
+        steps = f"at step {self.step}{total}" if self.step else first
         return clean(f"{self.stage.upper()} failed {steps}: {self.cause.title}", 200)
 
     def lines(self, key: str) -> list[tuple[str, str]]:
@@ -167,7 +170,8 @@ def _what(facts: Facts) -> str:
     elif message:
         name = _text(facts.error.get("type"))
         parts.append(message[:300] if name in ("FinetuiError", "Killed", "") else f"{name}: {message[:300]}")
-    if ended := _text(facts.end.get("exit")):
+    parts = [part if part.endswith((".", "!")) else f"{part}." for part in parts]
+    if (ended := _text(facts.end.get("exit"))) and ended not in message:
         parts.append(f"The process ended with {ended}.")
     if kills := _whole(facts.end.get("oom_kills")):
         parts.append(f"The kernel ended {kills} process{'es' if kills > 1 else ''} for lack of memory meanwhile.")
@@ -179,7 +183,8 @@ def _what(facts: Facts) -> str:
 def _evidence(facts: Facts, tail: str, limit: int = 2) -> list[str]:
     """The lines of the log that say most: the alarm, and the last that look like an error, else the last."""
     found = [_text(facts.alarm.get("text"))] if facts.alarm else []
-    lines = [line.strip() for line in tail.splitlines() if line.strip()]
+    found += CRASHED_IN.findall(tail)[-1:]
+    lines = [line.strip() for line in tail.splitlines() if line.strip() and not NO_EVIDENCE.match(line.strip())]
     telling = [line for line in lines if TRACE.match(line)] or lines
     said = _text(facts.error.get("message"))[:40]
     found += [line[:300] for line in telling[-limit:] if not said or said not in line]

@@ -272,7 +272,8 @@ class Runner:
         if code == EXIT_REFIT and not aborted:
             self.run.events.append("stage_end", index=index, name=stage, status="refit", exit=_exit_words(code))
             return "stopped" if self.stop_asked() else self._stage(index, stage, base)
-        status = "aborted" if aborted else "stopped" if code == EXIT_STOPPED else "failed"
+        ended = code in (EXIT_STOPPED, -signal.SIGTERM)  # before the trainer hears it, SIGTERM means the same
+        status = "aborted" if aborted else "stopped" if ended else "failed"
         if code == 0 and not aborted:
             status = "done" if of or self.run.stage_done(stage) else "failed"
         output = output_of(self.run, stage)

@@ -25,6 +25,7 @@ class EventCallback(TrainerCallback):
         self.last_time = time.monotonic()
         self.last_tokens: float | None = None
         self.cost_s = 0.0
+        self.spoilt = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -75,7 +76,10 @@ class EventCallback(TrainerCallback):
         folder = Path(args.output_dir or "") / f"checkpoint-{state.global_step}"
         if not is_finite(kwargs["model"]):
             shutil.rmtree(folder, ignore_errors=True)
-            text = f"No checkpoint at step {state.global_step}: the weights are not finite (NaN or infinity)."
+            if self.spoilt:
+                return
+            self.spoilt = True
+            text = f"No checkpoint at step {state.global_step} or later: the weights are not finite (NaN or infinity)."
             self.reporter.notice(text, "error", f"Stop it and lower {self.reporter.stage}.learning_rate.")
             return
         write_manifest(folder)

@@ -349,7 +349,10 @@ def show_run(out: Console, run: Run) -> None:
     say(f"{state.method} of {state.model}, {duration(head['duration_s'])}, in {run.path}")
     if state.note:
         say(f"note: {state.note}")
+    ended = None if head["status"] in ("running", "stopping") else run.events_path.stat().st_mtime
     for stage in state.stages:
+        if stage.state == "running" and ended:
+            stage.state, stage.ended = "crashed", ended
         taken = duration((stage.ended or time.time()) - stage.started) if stage.started else "–"
         say(f"  {GLYPHS.get(stage.state, '?')} {stage.name:<9} {stage.state:<8} {taken:>12}   "
             f"{metrics_line(stage) if stage.series.get('loss') else stage.detail}")  # fmt: skip

@@ -244,9 +244,10 @@ class Follower:
         mark = (now, self._tail.offset)
         if self._examined[0] != mark and now in FAILED:
             self._examined = mark, self._examine(now)
+        card = self._examined[1] if now in FAILED else None
         return Snapshot(
-            self.run, now, phase_started=self._phase_started, taken=time.time(), note=note,
-            disk_free=self._disk_free() if now in LIVE else None, card=self._examined[1] if now in FAILED else None, **self._copy,
+            self.run, now, phase_started=self._phase_started, taken=time.time(), note=note, card=card,
+            disk_free=self._disk_free() if now in LIVE else None, **self._copy,
         )  # fmt: skip
 
     def _examine(self, now: str) -> "PostMortem | None":
