@@ -61,11 +61,15 @@ class Campaign:
         self.place, self.random = place, random.Random(seed)
         self.trials: list[Trial] = []
         self.reference: Run | None = None
+        self.moments: tuple[str, ...] = MOMENTS
 
     def new_run(self) -> Run:
         stages = {f"{stage}__{key}": value for stage in ("sft", "kto") for key, value in PLAN.items()}
-        return self.place.run("sft-kto", name=f"run-{len(self.place.runs)}", export__save_method="merged_16bit",
-                              export__check_prompts=0, **stages)  # fmt: skip
+        if merged := self.random.random() < 0.3:
+            stages |= {"export__save_method": "merged_16bit", "export__check_prompts": 0}
+        run = self.place.run("sft-kto", name=f"run-{len(self.place.runs)}", **stages)
+        self.moments = MOMENTS if merged else MOMENTS[:-1]
+        return run
 
     def unbroken(self) -> Run:
         """The run that every other is compared with, made once."""
@@ -112,7 +116,7 @@ class Campaign:
         runner.start(run)
         done: list[Trial] = []
         for _ in range(kills):
-            moment = self.random.choice(MOMENTS)
+            moment = self.random.choice(self.moments)
             if not self.reach(run, moment):
                 break
             trial = Trial(self.random.choice(TARGETS), self.random.choice(SIGNALS).name, moment)
@@ -191,8 +195,10 @@ class Campaign:
         litter = [path.name for pattern in LITTER for path in run.path.rglob(pattern)]
         if litter:
             wrong.append(f"left behind: {litter[0]}")
-        if still := [pid for pid in _pids_of(run) if _lives(pid)]:
-            wrong.append(f"{len(still)} processes left")
+        try:
+            until(lambda: not any(map(_lives, _pids_of(run))), 20)
+        except AssertionError:
+            wrong.append("processes left")
         return wrong
 
     # --- viewers ---
@@ -230,7 +236,7 @@ class Campaign:
         plain = command("watch", run.name, "--runs-dir", str(run.path.parent))
         words = app if self.random.random() < 0.3 else plain
         viewer = subprocess.Popen(words, stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
-                                  env={**os.environ, "TERM": "xterm-256color", "FINETUI_RUNS": str(run.path.parent)})  # fmt: skip
+                                  env={**os.environ, "TERM": "xterm-256color"})  # fmt: skip
         os.close(slave)
         os.set_blocking(master, False)
         return viewer, master
