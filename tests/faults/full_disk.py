@@ -38,7 +38,7 @@ def fill(leave: int) -> Path:
 
 def trained_on_a_full_disk(place: Place) -> dict[str, Any]:
     """The disk fills while it trains; the checkpoint does not fit; after that there is room and it is resumed."""
-    run = place.run("sft", DISK / "runs", name="full", sft__max_steps=200, sft__save_steps=10, sft__save_total_limit=2)
+    run = place.run("sft", DISK / "runs", name="full", sft__max_steps=120, sft__save_steps=10, sft__save_total_limit=2)
     runner.start(run)
     until(lambda: run.state().stage("sft").checkpoints)
     ballast = fill(12_000)
