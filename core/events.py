@@ -15,9 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from core.paths import open_regular
 from core.stages import EXPORT_STAGES
 
 VERSION = 1
+NO_LINK = getattr(os, "O_NOFOLLOW", 0)
+"""A run folder may come from a stranger: nothing is written through a link in it."""
 FULL = (errno.ENOSPC, errno.EDQUOT)
 RESERVE_BYTES = 256 * 1024
 LAST_WORDS = ("error", "stage_end", "run_end", "task_end")
@@ -55,7 +58,7 @@ class EventLog:
             self._write(b"\n" + line)
 
     def _write(self, line: bytes) -> None:
-        handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | NO_LINK, 0o600)
         self.whole = False
         try:
             self.whole = os.write(handle, line) == len(line)
@@ -72,7 +75,7 @@ class EventLog:
     def keep_reserve(self) -> None:
         """Make the reserve anew, if there is room for it."""
         with contextlib.suppress(OSError):
-            handle = os.open(self.reserve, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            handle = os.open(self.reserve, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | NO_LINK, 0o600)
             try:
                 os.write(handle, os.urandom(RESERVE_BYTES))  # zeros would take no place on some file systems
             finally:
@@ -124,7 +127,7 @@ class EventTail:
     def read(self, limit_bytes: int = 8_000_000) -> list[Event]:
         """The new whole events, at most about `limit_bytes` of them. A log that does not exist yet has none."""
         try:
-            with self.path.open("rb") as stream:
+            with open_regular(self.path) as stream:
                 if os.fstat(stream.fileno()).st_size < self.offset:
                     self.offset = 0
                 stream.seek(self.offset)

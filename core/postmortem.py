@@ -15,6 +15,7 @@ from core.checkpoints import checkpoints_in, is_complete, step_of
 from core.errors import FinetuiError
 from core.events import Event
 from core.machine_use import GIB, boot_id
+from core.paths import open_regular
 from core.remedy import Remedy, remedy_for
 from core.runs import Run, head_and_tail
 from core.stages import TRAINING_STAGES
@@ -206,7 +207,7 @@ def memory_curve(samples: Sequence[Event]) -> tuple[list[float], float | None, s
 
 def log_tail(run: Run) -> str:
     """The last words of ``train.log``, if they are as new as the event log."""
-    with contextlib.suppress(OSError), run.log_path.open("rb") as stream:
+    with contextlib.suppress(OSError), open_regular(run.log_path) as stream:
         if os.fstat(stream.fileno()).st_mtime < run.events_path.stat().st_mtime - 120:
             return ""
         stream.seek(max(0, os.fstat(stream.fileno()).st_size - LOG_BYTES))

@@ -26,6 +26,7 @@ from core.errors import FinetuiError
 from core.machine_use import boot_id, oom_kills, system, versions
 from core.runs import Run, create_run, find_run, is_alive, process_lives, take_lock, write_holder
 from core.stages import EXPORT_STAGES, TRAINING_STAGES
+from core.trust import refuse_strangers
 from core.turns import device_of, holder, take_turn
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def start(run: Run, *task: str) -> int:
     With `task`, ``"evaluate", NAME``, it does that alone, to a run that has ended, and leaves the run's end as it was.
     The lock is taken here and inherited. Raises FinetuiError when the run is alive already.
     """
+    refuse_strangers(run)
     handle = take_lock(run)
     try:
         for request in (run.stop_path, run.abort_path):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from core.events import Event, EventTail, RunState, StageState, parse_line
 from core.gpu import GpuSample, gpu_report
 from core.notes import Note, note_mark, read_note
+from core.paths import open_regular
 from core.runs import Run, is_alive, list_runs, status, summary
 from core.text import clean
 
@@ -300,7 +301,7 @@ class Follower:
 
 def sampled_events(path: Path) -> Iterator[Event]:
     """Every event of a long log but those of logged steps, of which only every so many; nothing of a short log."""
-    with contextlib.suppress(OSError), path.open("rb") as stream:
+    with contextlib.suppress(OSError), open_regular(path) as stream:
         size = os.fstat(stream.fileno()).st_size
         stride = size // LONG_LOG_BYTES
         for number, line in enumerate(stream if stride > 1 else ()):
@@ -486,7 +487,7 @@ class LogTail:
     def read(self, limit_bytes: int = 262_144) -> list[str]:
         """New whole lines. Of a line that rewrote itself (a progress bar) only the last state is kept."""
         try:
-            with self.path.open("rb") as stream:
+            with open_regular(self.path) as stream:
                 size = os.fstat(stream.fileno()).st_size
                 if self._offset is None or size < self._offset:
                     self._offset = max(0, size - self.backlog_bytes)
