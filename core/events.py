@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from core.paths import open_regular
+from core.secrets import redact
 from core.stages import EXPORT_STAGES
 
 VERSION = 1
@@ -106,6 +107,7 @@ def _plain(value: Any, counted: list[int]) -> Any:
         counted[0] += 1
         return None
     if isinstance(value, str):
+        value = redact(value)
         return value if len(value) <= MAX_TEXT else value[: MAX_TEXT // 2] + " … " + value[-MAX_TEXT // 2 :]
     if isinstance(value, dict):
         return {str(key): _plain(item, counted) for key, item in value.items()}

@@ -33,7 +33,7 @@ def runs_dir(chosen: str | Path | None = None) -> Path:
 
 
 def open_regular(path: Path) -> IO[bytes]:
-    """Open a file for reading. Raises OSError for a pipe or a device in its place, which could hold a viewer for ever."""
+    """Open a file for reading. Raises OSError for a pipe or a device in its place: it could hold a viewer for ever."""
 
     def without_waiting(name: str, flags: int) -> int:
         return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))

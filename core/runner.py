@@ -25,6 +25,7 @@ from core.artefacts import output_of
 from core.errors import FinetuiError
 from core.machine_use import boot_id, oom_kills, system, versions
 from core.runs import Run, create_run, find_run, is_alive, process_lives, take_lock, write_holder
+from core.secrets import guard_output
 from core.stages import EXPORT_STAGES, TRAINING_STAGES
 from core.trust import refuse_strangers
 from core.turns import device_of, holder, take_turn
@@ -354,6 +355,7 @@ def _exit_words(code: int) -> str:
 
 def main() -> int:
     """The runner's process: ``python -P -m core.runner RUN``, with the lock inherited."""
+    guard_output()
     run = Run(Path(sys.argv[1]))
     inherited = os.environ.pop(LOCK_ENV, None)
     on_end = os.environ.pop(ON_END_ENV, "")

@@ -28,6 +28,7 @@ from core.plan import KTOPlan, Plan, SFTPlan, StagePlan
 from core.prepare import StageData, kto_weights, planned_steps, prepare
 from core.runner import EXIT_REFIT, EXIT_STOPPED
 from core.runs import Run
+from core.secrets import guard_output
 from core.sources import ModelSource, model_source
 from core.train_alarms import AlarmCallback, refuse_not_finite, take_sound
 from core.train_arrange import PADDING_FREE_TOKENS, UNSLOTH_PADS, Fitting
@@ -49,6 +50,7 @@ OWNED = {
 
 def main() -> int:
     """Returns 0 when the stage is done, 1 when it failed, EXIT_STOPPED after a stop with checkpoint."""
+    guard_output()
     run, stage, base = Run(Path(sys.argv[1])), sys.argv[2], (sys.argv[3] if len(sys.argv) > 3 else "")
     reporter = Reporter(run, stage)
     try:

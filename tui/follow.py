@@ -76,7 +76,6 @@ class Snapshot:
     energy_j: float | None = None
     disk_free: int | None = None
     card: "PostMortem | None" = None
-    """What happened, where the run has failed."""
     partial: bool = False
     """A first look at a long log; the whole follows."""
 
