@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from core.paths import open_regular
 from core.secrets import redact
@@ -26,6 +26,8 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 RESERVE_BYTES = 256 * 1024
 LAST_WORDS = ("error", "stage_end", "run_end", "task_end")
 MAX_TEXT = 20_000
+MAX_LINE = 1_000_000
+"""Bytes; no event that is written here is longer."""
 MAX_ARTEFACTS = 50
 MAX_T = 4e9  # the year 2096; a larger time is no time, and clocks cannot show it
 COUNTS = ("steps", "batch", "rows", "examples", "held_out", "left_out", "tokens", "trained_tokens", "trainable")
@@ -125,26 +127,44 @@ class EventTail:
         self.path = path
         self.offset = 0
         self.broken_lines = 0
+        self._skipping = False
 
     def read(self, limit_bytes: int = 8_000_000) -> list[Event]:
-        """The new whole events, at most about `limit_bytes` of them. A log that does not exist yet has none."""
+        """The new whole events, at most about `limit_bytes` of them. A log that does not exist yet has none.
+
+        A line that is longer than any event is passed over without being kept.
+        """
         try:
             with open_regular(self.path) as stream:
                 if os.fstat(stream.fileno()).st_size < self.offset:
-                    self.offset = 0
+                    self.offset, self._skipping = 0, False
                 stream.seek(self.offset)
-                chunk = stream.read(limit_bytes)
-                if len(chunk) == limit_bytes and b"\n" not in chunk:
-                    chunk += stream.readline()
+                chunk = self._next(stream, limit_bytes)
         except OSError:
             return []
+        start = chunk.find(b"\n") + 1 if self._skipping else 0
         end = chunk.rfind(b"\n") + 1
+        self._skipping = self._skipping and not end
         self.offset += end
-        return list(self._parse(chunk[:end]))
+        return list(self._parse(chunk[start:end]))
+
+    def _next(self, stream: IO[bytes], limit_bytes: int) -> bytes:
+        """What comes next, with a line's end in it; what is too long for an event is left behind."""
+        while True:
+            chunk = stream.read(limit_bytes)
+            if len(chunk) == limit_bytes and b"\n" not in chunk and not self._skipping:
+                chunk += stream.readline(MAX_LINE)
+            if b"\n" in chunk or not (self._skipping or len(chunk) > MAX_LINE):
+                return chunk
+            self.broken_lines += not self._skipping
+            self._skipping = True
+            self.offset += len(chunk)
+            if len(chunk) < limit_bytes:
+                return b""
 
     def _parse(self, chunk: bytes) -> Iterator[Event]:
         for line in chunk.splitlines():
-            event = parse_line(line)
+            event = parse_line(line) if len(line) <= MAX_LINE else None
             if event is not None:
                 yield event
             elif line.strip():

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from core.events import Event, EventTail, RunState, StageState, parse_line
+from core.events import MAX_LINE, Event, EventTail, RunState, StageState, parse_line
 from core.gpu import GpuSample, gpu_report
 from core.notes import Note, note_mark, read_note
 from core.paths import open_regular
@@ -303,7 +303,7 @@ def sampled_events(path: Path) -> Iterator[Event]:
     with contextlib.suppress(OSError), open_regular(path) as stream:
         size = os.fstat(stream.fileno()).st_size
         stride = size // LONG_LOG_BYTES
-        for number, line in enumerate(stream if stride > 1 else ()):
+        for number, line in enumerate(iter(lambda: stream.readline(MAX_LINE), b"") if stride > 1 else ()):
             if number % BREATH_LINES == 0:
                 time.sleep(BREATH_S)  # the interpreter's lock goes to the keyboard
             if number % stride == 0 or b'"log"' not in line[:80]:

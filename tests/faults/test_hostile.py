@@ -329,3 +329,24 @@ def test_a_run_and_all_in_it_are_for_its_owner_alone(named: MakeNamed) -> None:
     assert run.path.stat().st_mode & 0o077 == 0
     for file in (run.events_path, run.lock_path, run.plan_path):
         assert file.stat().st_mode & 0o077 == 0, file.name
+
+
+def test_a_line_longer_than_any_event_is_passed_over_and_what_stands_around_it_is_read(tmp_path: Path) -> None:
+    from core.events import EventTail
+
+    def event(number: int, text: str = "") -> bytes:
+        return json.dumps({"t": 1.0, "kind": "notice", "number": number, "text": text}).encode() + b"\n"
+
+    path = tmp_path / "events.jsonl"
+    path.write_bytes(
+        event(1) + b"z" * 5_000_000 + b"\n" + event(2) + event(3, "y" * 3_000_000) + event(4) + b"w" * 300_000
+    )
+    for limit in (100_000, 1_500_000, 8_000_000):
+        tail, found = EventTail(path), []
+        while (events := tail.read(limit)) or tail.offset < 8_000_000:
+            found += [one["number"] for one in events]
+        assert found == [1, 2, 4] and tail.broken_lines == 2
+        with path.open("ab") as log:
+            log.write(b"\n" + event(5))
+        assert [one["number"] for _ in range(6) for one in tail.read(limit)] == [5]
+        os.truncate(path, path.stat().st_size - 1 - len(event(5)))
