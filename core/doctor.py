@@ -164,9 +164,9 @@ def _torch(report: GpuReport) -> Iterator[Check]:
 def _gpus(report: GpuReport) -> Iterator[Check]:
     if not report.samples:
         advice = "Training runs on the CPU, which is for small models and for trying things out."
-        if _is_wsl():
+        if is_wsl():
             advice = "Install NVIDIA's driver in Windows (none in Linux); /usr/lib/wsl/lib must hold libnvidia-ml.so.1."
-        yield Check("GPU", "warn" if _is_wsl() else "note", report.reason or "No GPU was found.", advice)
+        yield Check("GPU", "warn" if is_wsl() else "note", report.reason or "No GPU was found.", advice)
     for card in report.samples:
         name, text = f"GPU {card.index}", card.name or "unknown model"
         if card.memory_total_bytes is None or card.memory_free_bytes is None:
@@ -190,7 +190,7 @@ def _machine(report: GpuReport) -> Iterator[Check]:
     with contextlib.suppress(OSError, ValueError):  # a container's limit; "max" where there is none
         memory = min(memory, int(CGROUP_LIMIT.read_text()))
     text = f"{cores} CPU cores, {memory / GIB:.1f} GiB of RAM"
-    advice = "Set memory= in [wsl2] of .wslconfig; WSL2 takes half of the RAM otherwise." if _is_wsl() else ""
+    advice = "Set memory= in [wsl2] of .wslconfig; WSL2 takes half of the RAM otherwise." if is_wsl() else ""
     if memory < 4 * GIB:
         yield Check("machine", "warn", f"{text}: the demo needs 3, a 7B model on a GPU about 8.", advice)
     elif memory < 12 * GIB:
@@ -207,21 +207,32 @@ def _disks(report: GpuReport) -> Iterator[Check]:
 
 def _disk(name: str, folder: Path, enough_gb: int, why: str, advice: str) -> Check:
     there = next(path for path in (folder, *folder.parents) if path.exists()).resolve()
-    mounts = [part for part in psutil.disk_partitions(all=True) if there.is_relative_to(part.mountpoint)]
-    kind = max(mounts, key=lambda part: len(part.mountpoint)).fstype if mounts else ""
+    kind = _disk_kind(there)
     free = shutil.disk_usage(there).free / GB
     text = f"{folder}: {free:.1f} GB free"
     if not os.access(there, os.W_OK):
         return Check(name, "fail", f"{folder} cannot be written by this user.", advice)
     if free < 2:
         return Check(name, "fail", f"{text}; even the demo needs 2.", advice)
-    if kind in WINDOWS_DISKS and _is_wsl():
-        text += "; a Windows disk, slow from Linux, and its file locks (which tell if a run is alive) may not hold."
-        return Check(name, "warn", text, "Work under your Linux home (cd ~), not under /mnt/c.")
+    if windows := windows_disk(there):
+        return Check(name, "warn", f"{text}; {windows}", "Work under your Linux home (cd ~), not under /mnt/c.")
     if kind.startswith(NETWORK_DISKS):
         text += f"; a network disk ({kind}), whose file locks (which tell if a run is alive) may not hold."
         return Check(name, "warn", text, advice)
     return Check(name, "warn", f"{text}. {why}.", advice) if free < enough_gb else Check(name, "ok", text)
+
+
+def _disk_kind(folder: Path) -> str:
+    mounts = [part for part in psutil.disk_partitions(all=True) if folder.is_relative_to(part.mountpoint)]
+    return max(mounts, key=lambda part: len(part.mountpoint)).fstype if mounts else ""
+
+
+def windows_disk(folder: Path) -> str:
+    """What is wrong with runs on a disk of Windows, under WSL2; empty for any other disk."""
+    there = next(path for path in (folder, *folder.parents) if path.exists()).resolve()
+    if not is_wsl() or _disk_kind(there) not in WINDOWS_DISKS:
+        return ""
+    return "a Windows disk, slow from Linux, and its file locks (which tell if a run is alive) may not hold."
 
 
 def _hub(report: GpuReport) -> Iterator[Check]:
@@ -272,12 +283,12 @@ def _gguf(report: GpuReport) -> Iterator[Check]:
         yield Check("GGUF", "note", "llama.cpp's tools are not installed; only GGUF files need them.", gguf_tools.HOW)
 
 
-def _is_wsl() -> bool:
+def is_wsl() -> bool:
     return OSRELEASE.is_file() and "microsoft" in OSRELEASE.read_text().lower()
 
 
 def _wsl(report: GpuReport) -> Iterator[Check]:
-    if not _is_wsl():
+    if not is_wsl():
         return
     if any(_never_idle(path) for path in WINDOWS_USERS.glob("*/.wslconfig")):
         yield Check("WSL2", "ok", ".wslconfig keeps WSL running when its last terminal closes")

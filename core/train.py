@@ -21,6 +21,7 @@ from trl import KTOConfig, SFTConfig
 from core.best import history_of, patience_is_over
 from core.checkpoints import step_of, write_manifest
 from core.data_ledger import LEDGER
+from core.doctor import is_wsl
 from core.errors import FinetuiError
 from core.fit import Arrangement, keep_arrangement, kept_arrangement, planned_arrangement, smaller_batches
 from core.lineage import file_hashes
@@ -193,7 +194,7 @@ def arguments(plan: Plan, stage: StagePlan, folder: Path, run_name: str) -> dict
         "fp16": plan.device == "cuda" and plan.model.dtype == "fp16",
         "use_cpu": plan.device == "cpu",
         "dataloader_num_workers": 0,
-        "dataloader_pin_memory": plan.device == "cuda",
+        "dataloader_pin_memory": plan.device == "cuda" and not is_wsl(),  # WSL2 lets little memory be pinned
         "report_to": plan.tracking.report_to or "none",
         "run_name": plan.tracking.run_name or run_name,
         "project": plan.tracking.project or "finetui",

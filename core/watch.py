@@ -1,6 +1,7 @@
 """Follow a run in a plain terminal, a pipe, or as JSON lines; print the history and one run."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -64,7 +65,8 @@ def follow_task(run: Run, tail: EventTail, state: RunState, *, quiet: bool = Fal
 
 
 def _view() -> "_View":
-    return _Bar() if sys.stdout.isatty() else _Plain()
+    able = os.name == "nt" or os.environ.get("TERM", "") not in ("", "dumb", "unknown")
+    return _Bar() if sys.stdout.isatty() and able else _Plain()
 
 
 def watched(run: Run, tail: EventTail, state: RunState, view: "_View", ask: bool) -> bool:
