@@ -14,7 +14,6 @@ from core.backend import make_plan
 from core.cli import open_app, print_json, settings_of, take_token
 from core.config import Resolved
 from core.data import Conversation
-from core.doctor import windows_disk
 from core.errors import FinetuiError
 from core.heldout import NO_PROMPTS, NO_PROMPTS_ADVICE, held_out, prompts_of
 from core.paths import configs_dir, runs_dir
@@ -55,6 +54,8 @@ def train(arguments: argparse.Namespace, method: str, *, demo: bool = False) -> 
     if arguments.runs_dir:
         os.environ["FINETUI_RUNS"] = str(runs_dir(arguments.runs_dir))
     notices = preflight(plan.plan)
+    from core.doctor import windows_disk
+
     if windows := windows_disk(runs_dir(arguments.runs_dir)):
         notices.append(f"{runs_dir(arguments.runs_dir)} is on {windows} Work under your Linux home.")
     if arguments.dry_run:

@@ -91,7 +91,8 @@ def resume(run: Run) -> int:
     if is_alive(run):
         raise FinetuiError(f"{run.name} is running already.", f"Watch it with `finetui watch {run.name}`.")
     plan = run.plan()
-    if all(run.stage_done(stage) for stage in plan.stages):
+    # A runner that was killed after its last stage has left all but the word that it is done.
+    if run.state().end_status == "done" and all(run.stage_done(stage) for stage in plan.stages):
         raise FinetuiError(f"{run.name} is done: nothing is left to resume.", f"See `finetui show {run.name}`.")
     return start(run)
 

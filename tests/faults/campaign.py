@@ -62,13 +62,15 @@ class Campaign:
         self.trials: list[Trial] = []
         self.reference: Run | None = None
         self.moments: tuple[str, ...] = MOMENTS
+        self.moments_of_plain = MOMENTS[:-1]
+        self.method = "sft-kto"
 
     def new_run(self) -> Run:
-        stages = {f"{stage}__{key}": value for stage in ("sft", "kto") for key, value in PLAN.items()}
-        if merged := self.random.random() < 0.3:
+        stages = {f"{stage}__{key}": value for stage in self.method.split("-") for key, value in PLAN.items()}
+        if merged := self.method == "sft-kto" and self.random.random() < 0.3:
             stages |= {"export__save_method": "merged_16bit", "export__check_prompts": 0}
-        run = self.place.run("sft-kto", name=f"run-{len(self.place.runs)}", **stages)
-        self.moments = MOMENTS if merged else MOMENTS[:-1]
+        run = self.place.run(self.method, name=f"run-{len(self.place.runs)}", **stages)
+        self.moments = MOMENTS if merged else self.moments_of_plain
         return run
 
     def unbroken(self) -> Run:
@@ -87,7 +89,7 @@ class Campaign:
         jitter = self.random.random()
         conditions: dict[str, Callable[[], object]] = {
             "loading": lambda: run.state().current is not None,
-            "a step": self._at_step(run, self.random.randrange(1, 2 * STEPS)),
+            "a step": self._at_step(run, self.random.randrange(1, STEPS * len(self.method.split("-")))),
             "writing a checkpoint": lambda: _unfinished(run),
             "between the stages": lambda: run.state().stage("sft").state == "done",
             "saving the model": lambda: list(run.path.glob("*/.final_model.new")),
@@ -125,6 +127,7 @@ class Campaign:
             self.look(run, trial)
             if run.state().end_status != "done":
                 self.resume_twice(run, trial)
+        self.trials += done
         until(lambda: not is_alive(run), 300)
         if run.state().end_status != "done":
             runner.resume(run)
@@ -132,7 +135,6 @@ class Campaign:
         wrong = self.compare(run, unbroken)
         if done:
             done[-1].wrong += wrong
-        self.trials += done
 
     def kill(self, run: Run, trial: Trial) -> None:
         state = run.state()
@@ -186,7 +188,7 @@ class Campaign:
         wrong = []
         if run.state().end_status != "done":
             return [f"ended as {run.state().end_status or 'crashed'}"]
-        for stage in ("sft", "kto"):
+        for stage in self.method.split("-"):
             whole, mended = losses(unbroken, stage), losses(run, stage)
             if list(mended) != list(whole):
                 wrong.append(f"{stage}: other steps were logged")
@@ -307,10 +309,14 @@ def main() -> int:
         while (killed := sum(t.target != "viewer" for t in campaign.trials)) < arguments.kills:
             if time.monotonic() - begun > 60 * arguments.minutes:
                 break
-            campaign.break_run(min(4, arguments.kills - killed))
+            try:
+                campaign.break_run(min(4, arguments.kills - killed))
+            except (AssertionError, FinetuiError, OSError) as error:
+                campaign.trials.append(Trial("?", "?", "?", [f"{type(error).__name__}: {error}"]))
             for run in place.runs:
                 end(run)
-            print(f"{killed} … {time.monotonic() - begun:.0f} s", flush=True)
+            broken = sum(bool(trial.wrong) for trial in campaign.trials)
+            print(f"{len(campaign.trials)} deaths, {broken} broken, {time.monotonic() - begun:.0f} s", flush=True)
     print(table(campaign.trials))
     for trial in campaign.trials:
         for words in trial.wrong:

@@ -34,7 +34,8 @@ def in_a_sentence(done: subprocess.CompletedProcess[str]) -> str:
 
 @pytest.mark.parametrize("words", [
     ["runs"], ["plan", "sft"], ["check", "{rows}", "--method", "kto"],
-    ["sft", "--model-name", "{model}", "--local-file", "{rows}", "--dry-run"], ["data", "show", "{rows}", "--method", "sft"],
+    ["sft", "--model-name", "{model}", "--local-file", "{rows}", "--dry-run"],
+    ["data", "clean", "{rows}", "{rows}.better"],
 ], ids=lambda words: " ".join(words[:2]))  # fmt: skip
 def test_a_home_that_cannot_be_written_stops_nothing_that_needs_no_home(
     words: list[str], tiny_model: Path, rows_file: Callable[..., Path], tmp_path: Path
