@@ -243,17 +243,14 @@ class Follower:
         note = read_note(self.run.path) or Note(self._state.note)
         mark = (now, self._tail.offset)
         if self._examined[0] != mark and now in FAILED:
-            self._examined = mark, self._examine(now)
+            from core.postmortem import examined  # here, for hardly any run needs it
+
+            self._examined = mark, examined(self.run, now)
         card = self._examined[1] if now in FAILED else None
         return Snapshot(
             self.run, now, phase_started=self._phase_started, taken=time.time(), note=note, card=card,
             disk_free=self._disk_free() if now in LIVE else None, **self._copy,
         )  # fmt: skip
-
-    def _examine(self, now: str) -> "PostMortem | None":
-        from core.postmortem import examined  # here, for hardly any run needs it
-
-        return examined(self.run, now)
 
     def _disk_free(self) -> int | None:
         if time.monotonic() - self._disk[0] > DISK_EVERY_S:
@@ -460,6 +457,7 @@ class History:
                 row = {key: tame(value) for key, value in summary(run).items()}
                 row["started"] = row["started"] if row["started"] and 0 < row["started"] < 1e11 else None
                 fresh += 1
+                time.sleep(0 if fresh % 5 else BREATH_S)
             self._known[run.name] = (mark, row)
             found.append(row)
             if fresh >= size:
