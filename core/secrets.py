@@ -1,6 +1,7 @@
 """Tokens are taken out of whatever is written down: events, and what a child of a run prints into its log."""
 
 import functools
+import logging
 import os
 import re
 import sys
@@ -48,4 +49,9 @@ class _Guarded:
 
 def guard_output() -> None:
     """What this process prints, tracebacks too, holds no secrets from now on."""
-    sys.stdout, sys.stderr = cast(IO[str], _Guarded(sys.stdout)), cast(IO[str], _Guarded(sys.stderr))
+    guarded = {stream: cast(IO[str], _Guarded(stream)) for stream in (sys.stdout, sys.stderr)}
+    for logger in [logging.getLogger(), *map(logging.getLogger, logging.root.manager.loggerDict)]:
+        for handler in logger.handlers:  # libraries took their stream when they were imported
+            if isinstance(handler, logging.StreamHandler) and handler.stream in guarded:
+                handler.setStream(guarded[handler.stream])
+    sys.stdout, sys.stderr = guarded[sys.stdout], guarded[sys.stderr]

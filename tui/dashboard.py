@@ -195,8 +195,9 @@ class DashboardScreen(RunRoom):
         answers = newest_words(state, max(20, self.query_one("#left").size.width - 2)) if state.samples else Content("")
         self.query_one("#samples").display = bool(answers)
         self.query_one("#samples", Words).say(answers)
+        notes = notes_words(state, told=[alert.kind for alert in found])
         worth_knowing = alert_words([alert for alert in found if alert.weight < 2])
-        self.query_one("#notes", Words).say(Content("\n").join(filter(None, [worth_knowing, notes_words(state)])))
+        self.query_one("#notes", Words).say(Content("\n").join(filter(None, [worth_knowing, notes])))
         self.query_one("#side", Words).say(side_words(snapshot))
 
     def paint_end(self, snapshot: Snapshot, worrying: list[Alert]) -> None:

@@ -3,7 +3,7 @@
 import shlex
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from textual.content import Content
@@ -254,12 +254,13 @@ def energy_words(joules: float | None) -> str:
     return f"{hours:.1f} Wh" if hours < 1000 else f"{hours / 1000:.2f} kWh"
 
 
-def notes_words(state: RunState, limit: int = 6) -> Content:
-    """The newest notices, newest last, and how many figures were not finite."""
+def notes_words(state: RunState, limit: int = 6, told: Collection[str] = ()) -> Content:
+    """The newest notices, newest last, and how many figures were not finite; not the alarms that are `told` already."""
     lines = []
     if state.nonfinite:
         lines.append(Content.styled(f"! {state.nonfinite} figures were not finite (NaN or infinite)", "$text-error"))
-    unique = {(notice.get("text"), notice.get("advice")): notice for notice in state.notices}  # each stage says some
+    fresh = [notice for notice in state.notices if not notice.get("alarm") or notice["alarm"] not in told]
+    unique = {(notice.get("text"), notice.get("advice")): notice for notice in fresh}  # each stage says some
     for notice in list(unique.values())[-limit:]:
         warning = notice.get("level") in ("warning", "error")
         text = f"{clean(notice.get('text', ''), 300)} {clean(notice.get('advice') or '', 200)}".rstrip()
