@@ -14,13 +14,14 @@ Usage: ./setup.sh [options]
   --gpu, --cpu       install for a GPU, or for the CPU only, whatever is found here
   --with-flash-attn  also flash-attn (compiles for many minutes; finetui runs without it)
   --with-gguf        also llama.cpp's tools for GGUF files (20 MB, nothing is compiled; `finetui gguf --install` later)
+  --unlocked         the newest packages that fit, instead of those of requirements-cpu.lock with their hashes (CPU)
   --help             this text
 
 The environment variable PYTHON names the interpreter to use (3.11 to 3.13). pip's own settings hold.
 END
 }
 
-quick='' dev='' device='' flash='' gguf=''
+quick='' dev='' device='' flash='' gguf='' unlocked=''
 for option in "$@"; do
     case $option in
         --quick) quick=yes ;;
@@ -28,6 +29,7 @@ for option in "$@"; do
         --gpu | --cpu) device=${option#--} ;;
         --with-flash-attn) flash=yes ;;
         --with-gguf) gguf=yes ;;
+        --unlocked) unlocked=yes ;;
         -h | --help) usage; exit 0 ;;
         *) echo "setup.sh: unknown option $option" >&2; usage >&2; exit 2 ;;
     esac
@@ -113,13 +115,21 @@ install_cpu_torch() {
     fi
 }
 
+# Every other package in the version that was tried, refused where a file is not the one whose hash was written down.
+install_locked() {
+    say "Installing the packages of requirements-cpu.lock, each checked against its hash."
+    pip_install --require-hashes --no-deps -r requirements-cpu.lock ||
+        die "the packages of requirements-cpu.lock could not be installed (see above)." \
+            "If their versions cannot be had here: ./setup.sh --unlocked takes the newest that fit, unchecked."
+}
+
 if [ -z "$device" ]; then
     if has_gpu; then device=gpu; else device=cpu; fi
     say "Installing for the $device (found by itself; --gpu and --cpu choose)."
 fi
 extras=${dev:+dev}
 if [ "$device" = gpu ]; then extras=${extras:+$extras,}gpu; fi
-stamp="$(cat setup.sh pyproject.toml core/__init__.py | cksum) $here [$extras] $device ${flash:+flash-attn}"
+stamp="$(cat setup.sh pyproject.toml requirements-cpu.lock core/__init__.py | cksum) $here [$extras] $device ${flash:+flash-attn}${unlocked:+unlocked}"
 
 if ! healthy; then
     [ ! -e "$venv" ] || note ".venv is broken, was moved or is too old; it is made anew."
@@ -133,6 +143,7 @@ else
     if [ "$device" = cpu ]; then
         say "Installing torch $CPU_TORCH for the CPU (about 200 MB)."
         install_cpu_torch
+        [ -n "$unlocked" ] || install_locked
     else
         say "Installing torch $GPU_TORCH for CUDA (some gigabytes)."
         pip_install "torch==$GPU_TORCH"

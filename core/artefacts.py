@@ -47,7 +47,7 @@ class Trained:
 
 def trained(run: "Run") -> list[Trained]:
     """Every adapter of the run that is whole: the last stage first, results before checkpoints, newest first."""
-    from core.runs import complete_checkpoints
+    from core.checkpoints import complete_checkpoints
 
     found = []
     for stage in reversed(TRAINING_STAGES):
@@ -191,7 +191,7 @@ def there(run: "Run", export: "ExportPlan") -> set[str]:
 
 def merge_whole(run: "Run", report: dict[str, Any], form: str) -> bool:
     """Whether a merged model is there whole, and was checked."""
-    from core.runs import is_complete
+    from core.checkpoints import is_complete
 
     return bool(report.get("forms", {}).get(form, {}).get("checked")) and is_complete(merged_folder(run, form))
 

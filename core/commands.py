@@ -19,7 +19,7 @@ from core.flags import settings_of
 from core.heldout import NO_PROMPTS, NO_PROMPTS_ADVICE, held_out, prompts_of
 from core.paths import configs_dir, runs_dir
 from core.plan import DataPlan, Plan, StagePlan
-from core.runs import Run, create_run, delete_run, find_run, list_runs, request_stop, summary
+from core.runs import Run, create_run, delete_run, find_run, list_runs, request_stop, status, summary
 from core.sources import model_folder, model_source
 from core.text import clean
 from core.tools import read_tools
@@ -55,6 +55,10 @@ def train(arguments: argparse.Namespace, method: str, *, demo: bool = False) -> 
     if arguments.runs_dir:
         os.environ["FINETUI_RUNS"] = str(runs_dir(arguments.runs_dir))
     notices = preflight(plan.plan)
+    from core.doctor import windows_disk
+
+    if windows := windows_disk(runs_dir(arguments.runs_dir)):
+        notices.append(f"{runs_dir(arguments.runs_dir)} is on {windows} Work under your Linux home.")
     if arguments.dry_run:
         return dry_run(plan, arguments, notices)
     run = create_run(runs_dir(arguments.runs_dir), plan)
@@ -329,8 +333,23 @@ def resume(arguments: argparse.Namespace) -> int:
     """``finetui resume RUN``"""
     run = _run(arguments)
     _take_on_end(arguments)
+    if getattr(arguments, "fix", False):
+        apply_remedy(run)
     runner.resume(run)
     return _after_start(run, arguments)
+
+
+def apply_remedy(run: Run) -> None:
+    """Change in the run's plan what its failure asks for. Raises FinetuiError where nothing is known to help."""
+    from core import remedy
+    from core.postmortem import examined
+
+    found = examined(run, status(run, run.state().end_status))
+    if found is None:
+        raise FinetuiError(f"{run.name} has not failed.", "See `finetui show` for what it is.")
+    if found.remedy is None:
+        raise FinetuiError(f"{found.title}.", found.cause.advice or found.cause.cause)
+    remedy.apply(run, found.remedy)
 
 
 def delete(arguments: argparse.Namespace) -> int:

@@ -16,7 +16,7 @@ import yaml
 from pydantic import ValidationError
 
 from core.errors import FinetuiError
-from core.paths import configs_dir, writing_whole
+from core.paths import configs_dir, open_regular, writing_whole
 from core.plan import SIZES, Option, Plan, options
 from core.stages import METHODS, TRAINING_STAGES
 from core.text import clean
@@ -81,7 +81,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     a key written twice, and anchors (a plan has no use for them).
     """
     try:
-        with path.open("rb") as stream:
+        with open_regular(path) as stream:
             raw = stream.read(MAX_PLAN_BYTES + 1)
         if len(raw) > MAX_PLAN_BYTES:
             raise FinetuiError(f"The plan {path} is larger than 1 MB.", "Give a plan, not a data file.")

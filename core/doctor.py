@@ -206,21 +206,32 @@ def _disks(report: GpuReport) -> Iterator[Check]:
 
 def _disk(name: str, folder: Path, enough_gb: int, why: str, advice: str) -> Check:
     there = next(path for path in (folder, *folder.parents) if path.exists()).resolve()
-    mounts = [part for part in psutil.disk_partitions(all=True) if there.is_relative_to(part.mountpoint)]
-    kind = max(mounts, key=lambda part: len(part.mountpoint)).fstype if mounts else ""
+    kind = _disk_kind(there)
     free = shutil.disk_usage(there).free / GB
     text = f"{folder}: {free:.1f} GB free"
     if not os.access(there, os.W_OK):
         return Check(name, "fail", f"{folder} cannot be written by this user.", advice)
     if free < 2:
         return Check(name, "fail", f"{text}; even the demo needs 2.", advice)
-    if kind in WINDOWS_DISKS and in_wsl():
-        text += "; a Windows disk, slow from Linux, and its file locks (which tell if a run is alive) may not hold."
-        return Check(name, "warn", text, "Work under your Linux home (cd ~), not under /mnt/c.")
+    if windows := windows_disk(there):
+        return Check(name, "warn", f"{text}; {windows}", "Work under your Linux home (cd ~), not under /mnt/c.")
     if kind.startswith(NETWORK_DISKS):
         text += f"; a network disk ({kind}), whose file locks (which tell if a run is alive) may not hold."
         return Check(name, "warn", text, advice)
     return Check(name, "warn", f"{text}. {why}.", advice) if free < enough_gb else Check(name, "ok", text)
+
+
+def _disk_kind(folder: Path) -> str:
+    mounts = [part for part in psutil.disk_partitions(all=True) if folder.is_relative_to(part.mountpoint)]
+    return max(mounts, key=lambda part: len(part.mountpoint)).fstype if mounts else ""
+
+
+def windows_disk(folder: Path) -> str:
+    """What is wrong with runs on a disk of Windows, under WSL2; empty for any other disk."""
+    there = next(path for path in (folder, *folder.parents) if path.exists()).resolve()
+    if not in_wsl() or _disk_kind(there) not in WINDOWS_DISKS:
+        return ""
+    return "a Windows disk, slow from Linux, and its file locks (which tell if a run is alive) may not hold."
 
 
 def _hub(report: GpuReport) -> Iterator[Check]:

@@ -23,6 +23,7 @@ from core.plan import EvaluatePlan, Plan
 from core.runner import EXIT_STOPPED
 from core.runs import Run
 from core.scores import Expected, Marks, expected_of, mean_loss, rates, score
+from core.secrets import guard_output
 from core.tools import Tool, read_tools
 from core.train_events import Reporter, Stopped
 from core.train_fit import cap_memory
@@ -33,6 +34,7 @@ LEAST_TOKENS, MOST_TOKENS, TOKENS_WITHOUT_EXPECTED = 32, 1024, 256
 
 def main() -> int:
     """Returns 0 when the report is written, 1 when it failed, EXIT_STOPPED when a stop was asked for."""
+    guard_output()
     run, stage = Run(Path(sys.argv[1])), sys.argv[2]
     reporter = Reporter(run, stage)
     try:

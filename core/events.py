@@ -13,12 +13,21 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from core.paths import open_regular
+from core.secrets import redact
 from core.stages import EXPORT_STAGES
 
 VERSION = 1
+NO_LINK = getattr(os, "O_NOFOLLOW", 0)
+"""A run folder may come from a stranger: nothing is written through a link in it."""
+FULL = (errno.ENOSPC, errno.EDQUOT)
+RESERVE_BYTES = 256 * 1024
+LAST_WORDS = ("error", "stage_end", "run_end", "task_end")
 MAX_TEXT = 20_000
+MAX_LINE = 1_000_000
+"""Bytes; no event that is written here is longer."""
 MAX_ARTEFACTS = 50
 MAX_T = 4e9  # the year 2096; a larger time is no time, and clocks cannot show it
 COUNTS = ("steps", "batch", "rows", "examples", "held_out", "left_out", "tokens", "trained_tokens", "trainable")
@@ -44,13 +53,43 @@ class EventLog:
         line = json.dumps(event, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace") + b"\n"
         if not self.whole:
             line = self._mended() + line
-        handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        try:
+            self._write(line)
+        except OSError as error:
+            if error.errno not in FULL or kind not in LAST_WORDS or not self._use_reserve():
+                raise
+            self._write(b"\n" + line)
+
+    def _write(self, line: bytes) -> None:
+        handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | NO_LINK, 0o600)
+        self.whole = False
         try:
             self.whole = os.write(handle, line) == len(line)
         finally:
             os.close(handle)
         if not self.whole:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+
+    @property
+    def reserve(self) -> Path:
+        """A file that gives its place on a full disk to the last words of a run."""
+        return self.path.with_name(".reserve")
+
+    def keep_reserve(self) -> None:
+        """Make the reserve anew, if there is room for it."""
+        with contextlib.suppress(OSError):
+            handle = os.open(self.reserve, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | NO_LINK, 0o600)
+            try:
+                os.write(handle, os.urandom(RESERVE_BYTES))  # zeros would take no place on some file systems
+            finally:
+                os.close(handle)
+
+    def _use_reserve(self) -> bool:
+        try:
+            self.reserve.unlink()
+        except OSError:
+            return False
+        return True
 
     def _mended(self) -> bytes:
         """What ends a torn last line, so that the next event does not become part of it."""
@@ -70,6 +109,7 @@ def _plain(value: Any, counted: list[int]) -> Any:
         counted[0] += 1
         return None
     if isinstance(value, str):
+        value = redact(value)
         return value if len(value) <= MAX_TEXT else value[: MAX_TEXT // 2] + " … " + value[-MAX_TEXT // 2 :]
     if isinstance(value, dict):
         return {str(key): _plain(item, counted) for key, item in value.items()}
@@ -87,26 +127,44 @@ class EventTail:
         self.path = path
         self.offset = 0
         self.broken_lines = 0
+        self._skipping = False
 
     def read(self, limit_bytes: int = 8_000_000) -> list[Event]:
-        """The new whole events, at most about `limit_bytes` of them. A log that does not exist yet has none."""
+        """The new whole events, at most about `limit_bytes` of them. A log that does not exist yet has none.
+
+        A line that is longer than any event is passed over without being kept.
+        """
         try:
-            with self.path.open("rb") as stream:
+            with open_regular(self.path) as stream:
                 if os.fstat(stream.fileno()).st_size < self.offset:
-                    self.offset = 0
+                    self.offset, self._skipping = 0, False
                 stream.seek(self.offset)
-                chunk = stream.read(limit_bytes)
-                if len(chunk) == limit_bytes and b"\n" not in chunk:
-                    chunk += stream.readline()
+                chunk = self._next(stream, limit_bytes)
         except OSError:
             return []
+        start = chunk.find(b"\n") + 1 if self._skipping else 0
         end = chunk.rfind(b"\n") + 1
+        self._skipping = self._skipping and not end
         self.offset += end
-        return list(self._parse(chunk[:end]))
+        return list(self._parse(chunk[start:end]))
+
+    def _next(self, stream: IO[bytes], limit_bytes: int) -> bytes:
+        """What comes next, with a line's end in it; what is too long for an event is left behind."""
+        while True:
+            chunk = stream.read(limit_bytes)
+            if len(chunk) == limit_bytes and b"\n" not in chunk and not self._skipping:
+                chunk += stream.readline(MAX_LINE)
+            if b"\n" in chunk or not (self._skipping or len(chunk) > MAX_LINE):
+                return chunk
+            self.broken_lines += not self._skipping
+            self._skipping = True
+            self.offset += len(chunk)
+            if len(chunk) < limit_bytes:
+                return b""
 
     def _parse(self, chunk: bytes) -> Iterator[Event]:
         for line in chunk.splitlines():
-            event = parse_line(line)
+            event = parse_line(line) if len(line) <= MAX_LINE else None
             if event is not None:
                 yield event
             elif line.strip():

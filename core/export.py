@@ -8,10 +8,12 @@ from core.plan import Plan
 from core.reporter import Reporter, Stopped
 from core.runner import EXIT_STOPPED
 from core.runs import Run
+from core.secrets import guard_output
 
 
 def main() -> int:
     """Returns 0 when the stage is done, 1 when it failed, EXIT_STOPPED when a stop was asked for."""
+    guard_output()
     run, stage = Run(Path(sys.argv[1])), sys.argv[2]
     reporter = Reporter(run, stage)
     try:

@@ -30,6 +30,7 @@ from core.artefacts import (  # fmt: skip
     write_report,
 )
 from core.chat import Template
+from core.checkpoints import is_complete
 from core.errors import FinetuiError
 from core.export_llama import quantise, reading, speaking, threads
 from core.export_model import room_on_disk
@@ -37,7 +38,7 @@ from core.gguf_tools import LLAMA_CPP, environment, need_tools
 from core.ollama import commands, modelfile
 from core.plan import Plan, Quantisation
 from core.reporter import Reporter, Stopped
-from core.runs import Run, is_complete
+from core.runs import Run
 from core.scores import expected_of, score
 from core.sources import read_json
 

@@ -28,6 +28,7 @@ from core.artefacts import (
 from core.backend import installed, no_bitsandbytes
 from core.bases import BaseModel, base_config, copy_legal, fetch_base, find_base, licence_of, public_name
 from core.chat import Template
+from core.checkpoints import write_manifest
 from core.errors import FinetuiError
 from core.export_merge import Adapter, MergePlan, plan_merge, write_merged
 from core.export_weights import BaseWeights
@@ -35,7 +36,7 @@ from core.lineage import lineage_of
 from core.paths import writing_whole
 from core.plan import Plan
 from core.reporter import Reporter, Stopped
-from core.runs import Run, write_manifest
+from core.runs import Run
 from core.sources import ModelSource, model_source
 from core.train_model import load_tokenizer
 

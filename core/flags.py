@@ -162,6 +162,7 @@ def build_parser() -> Parser:
         if name == "resume":
             command.add_argument("--detach", action="store_true", help="do not follow it")
             command.add_argument("--json", action="store_true", help="print events as JSON lines")
+            command.add_argument("--fix", action="store_true", help="first change what the failure asks for")
             _on_end(command)
         if name == "delete":
             command.add_argument("--yes", action="store_true", help="do not ask")

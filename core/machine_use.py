@@ -5,6 +5,7 @@ import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from core.events import Event
@@ -35,6 +36,21 @@ def versions() -> dict[str, str]:
 def system() -> str:
     """The operating system and processor in a few words, without the machine's name."""
     return f"{platform.system()} {platform.release()}, {platform.machine()}"
+
+
+def boot_id() -> str:
+    """What names this start of the machine, empty where the system has no such name; clocks do not change it."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return ""
+
+
+def oom_kills() -> int:
+    """How many processes the kernel has ended for lack of memory since it started, 0 where it does not say."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        lines = Path("/proc/vmstat").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
+    return 0
 
 
 @dataclass

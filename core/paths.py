@@ -1,7 +1,9 @@
 """Where things lie: presets, cache, runs; and how a file is written whole."""
 
 import contextlib
+import errno
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +30,19 @@ def cache_dir() -> Path:
 def runs_dir(chosen: str | Path | None = None) -> Path:
     """The folder of runs: the argument, else ``FINETUI_RUNS``, else ``runs`` where the user stands. Absolute."""
     return Path(chosen or os.environ.get("FINETUI_RUNS") or "runs").expanduser().absolute()
+
+
+def open_regular(path: Path) -> IO[bytes]:
+    """Open a file for reading. Raises OSError for a pipe or a device in its place: it could hold a viewer for ever."""
+
+    def without_waiting(name: str, flags: int) -> int:
+        return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
+
+    stream = open(path, "rb", opener=without_waiting)
+    if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+        stream.close()
+        raise OSError(errno.EINVAL, "no regular file", str(path))
+    return stream
 
 
 @contextlib.contextmanager

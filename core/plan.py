@@ -180,6 +180,9 @@ class StagePlan(Section):
     load_best_model_at_end: bool = option(
         False, "The final model is the checkpoint with the lowest held-out loss", flag="--load-best-model-at-end"
     )
+    on_alarm: Literal["warn", "stop"] = option(
+        "warn", "Loss not finite or diverging: say so, or end the stage with its best checkpoint", flag="--on-alarm"
+    )
     seed: int = option(42, "Seed of data order and dropout", flag="--seed", ge=0, le=MAX_SEED)
     extra: dict[str, Any] = option({}, "More arguments for TRL's SFTConfig or KTOConfig, checked by name")
 

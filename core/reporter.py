@@ -9,6 +9,7 @@ from types import FrameType
 from typing import Any
 
 from core.errors import FinetuiError
+from core.events import FULL, LAST_WORDS
 from core.runs import Run
 
 RESUME_ADVICE = "See train.log; `finetui resume` goes on from the newest checkpoint."
@@ -26,6 +27,7 @@ class Reporter:
         self.in_training = False
         self.terminated = False
         self.phase_name = ""
+        self.lost = 0
         if hasattr(signal, "SIGTERM"):
             signal.signal(signal.SIGTERM, self._on_sigterm)
 
@@ -39,7 +41,17 @@ class Reporter:
         return self.terminated or self.run.stop_path.exists()
 
     def event(self, kind: str, **fields: Any) -> None:
-        self.run.events.append(kind, stage=self.stage, **fields)
+        """Write an event. On a full disk all but the last words are lost, counted, and told of once there is room."""
+        try:
+            self.run.events.append(kind, stage=self.stage, **fields)
+        except OSError as error:
+            if error.errno not in FULL or kind in LAST_WORDS:
+                raise
+            self.lost += 1
+            return
+        if self.lost:
+            lost, self.lost = self.lost, 0
+            self.notice(f"The disk was full: {lost} lines of this log are missing.", "warning", "Free some space.")
 
     def notice(self, text: str, level: str = "info", advice: str = "") -> None:
         self.event("notice", level=level, text=text, advice=advice)

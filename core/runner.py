@@ -7,6 +7,7 @@ memory is really freed in between. It imports no torch. Start one with `start`; 
 import contextlib
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,9 +23,11 @@ import psutil
 from core import __version__, gpu
 from core.artefacts import output_of
 from core.errors import FinetuiError
-from core.machine_use import system, versions
+from core.machine_use import boot_id, oom_kills, system, versions
 from core.runs import Run, create_run, find_run, is_alive, process_lives, take_lock, write_holder
+from core.secrets import guard_output
 from core.stages import EXPORT_STAGES, TRAINING_STAGES
+from core.trust import refuse_strangers
 from core.turns import device_of, holder, take_turn
 
 if TYPE_CHECKING:
@@ -40,9 +43,12 @@ EXIT_REFIT = 76
 """The trainer found that fewer rows fit at once, kept that with the run, and wants to be started again."""
 MODULES = {"evaluate": "core.evaluate", **dict.fromkeys(EXPORT_STAGES, "core.export")}
 POLL_S = 0.2
+LAST_WORDS_BYTES = 1 << 20
+"""Of free disk, below which no samples are written: what is left is for how the run ends."""
 SAMPLE_S = 5.0
 ABORT_GRACE_S = 15.0
 CHILD_ENV = {
+    "PYTHONFAULTHANDLER": "1",  # a crash in native code leaves the line of Python in train.log
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "DO_NOT_TRACK": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -66,6 +72,7 @@ def start(run: Run, *task: str, ready: "Ready | None" = None) -> int:
     The lock is taken here and inherited. A runner that is `ready` becomes this run's if it can.
     Raises FinetuiError when the run is alive already.
     """
+    refuse_strangers(run)
     handle = take_lock(run)
     try:
         for request in (run.stop_path, run.abort_path):
@@ -89,7 +96,8 @@ def resume(run: Run) -> int:
     if is_alive(run):
         raise FinetuiError(f"{run.name} is running already.", f"Watch it with `finetui watch {run.name}`.")
     plan = run.plan()
-    if all(run.stage_done(stage) for stage in plan.stages):
+    # A runner that was killed after its last stage has left all but the word that it is done.
+    if run.state().end_status == "done" and all(run.stage_done(stage) for stage in plan.stages):
         raise FinetuiError(f"{run.name} is done: nothing is left to resume.", f"See `finetui show {run.name}`.")
     return start(run)
 
@@ -181,10 +189,11 @@ class Runner:
         if self.task:
             return self._do_task()
         me = psutil.Process()
+        self.run.events.keep_reserve()
         fresh = not any(self.run.stage_path(stage).exists() for stage in self.plan.stages)
         self.run.events.append(
             "run_start", version=__version__, python=sys.version.split()[0], host=platform.node(), pid=me.pid,
-            pid_started=me.create_time(), resumed=not fresh, versions=versions(), system=system(),
+            pid_started=me.create_time(), resumed=not fresh, versions=versions(), system=system(), boot=boot_id(),
         )  # fmt: skip
         if self._needs_device() and (ended := self._take_turn()):
             return self._end(ended)
@@ -268,9 +277,13 @@ class Runner:
         command = [sys.executable, "-P", "-m", module, str(self.run.path), stage, *more]
         position = self.run.log_path.stat().st_size if self.run.log_path.exists() else 0
         child, ready = self._child(command, self.run.stage_path(stage))
-        self.run.events.append(
-            "stage_start", index=index, name=stage, base=base, pid=child.pid, pid_started=_created(child.pid)
-        )
+        begun = {"pid": child.pid, "pid_started": _created(child.pid)}
+        try:
+            self.run.events.append("stage_start", index=index, name=stage, base=base, **begun)
+        except OSError:
+            _end_group(child.pid, child.poll)
+            raise
+        kills = oom_kills()
         aborted = self._follow(child)
         code = child.returncode
         if ready and not aborted and not ready.took():  # it died of something at an import: now the log will tell
@@ -278,7 +291,8 @@ class Runner:
         if code == EXIT_REFIT and not aborted:
             self.run.events.append("stage_end", index=index, name=stage, status="refit", exit=_exit_words(code))
             return "stopped" if self.stop_asked() else self._stage(index, stage, base)
-        status = "aborted" if aborted else "stopped" if code == EXIT_STOPPED else "failed"
+        ended = code in (EXIT_STOPPED, -signal.SIGTERM)  # before the trainer hears it, SIGTERM means the same
+        status = "aborted" if aborted else "stopped" if ended else "failed"
         if code == 0 and not aborted:
             status = "done" if of or self.run.stage_done(stage) else "failed"
         output = output_of(self.run, stage)
@@ -286,6 +300,7 @@ class Runner:
             "stage_end", index=index, name=stage, status=status, exit=_exit_words(code), exit_code=code,
             output=str(output.relative_to(self.run.path)) if status == "done" else None,
             log_tail=self._log_tail(position) if status == "failed" else None,
+            oom_kills=oom_kills() - kills if status == "failed" else None,
         )  # fmt: skip
         if status == "failed" and code < 0:
             self._explain_signal(stage, -code)
@@ -325,7 +340,9 @@ class Runner:
             process = psutil.Process(pid)
             fields |= {"rss_bytes": process.memory_info().rss, "cpu_s": round(sum(process.cpu_times()[:2]), 1)}
         fields["ram_available_bytes"] = psutil.virtual_memory().available
-        self.run.events.append("gpu", **fields)
+        with contextlib.suppress(OSError):  # a full disk, a folder that was deleted: the trainer's end tells of it
+            if shutil.disk_usage(self.run.path).free > LAST_WORDS_BYTES:
+                self.run.events.append("gpu", **fields)
 
     def _explain_signal(self, stage: str, number: int) -> None:
         advice = f"`finetui resume {self.run.name}` goes on from the newest checkpoint."
@@ -367,6 +384,7 @@ def _exit_words(code: int) -> str:
 
 def main(ready: "ReadyTrainer | None" = None) -> int:
     """The runner's process: ``python -P -m core.runner RUN``, with the lock inherited."""
+    guard_output()
     run = Run(Path(sys.argv[1]))
     inherited = os.environ.pop(LOCK_ENV, None)
     on_end = os.environ.pop(ON_END_ENV, "")
@@ -382,8 +400,9 @@ def main(ready: "ReadyTrainer | None" = None) -> int:
         return runner.walk()
     except Exception as error:
         advice = error.advice if isinstance(error, FinetuiError) else "See train.log."
-        run.events.append("error", stage="", type=type(error).__name__, message=str(error), advice=advice)
-        run.events.append("task_end" if sys.argv[2:] else "run_end", status="failed")
+        with contextlib.suppress(OSError):
+            run.events.append("error", stage="", type=type(error).__name__, message=str(error), advice=advice)
+            run.events.append("task_end" if sys.argv[2:] else "run_end", status="failed")
         raise
     finally:
         if ready:

@@ -20,11 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from core.checkpoints import complete_checkpoints, is_complete
 from core.errors import FinetuiError
-from core.events import EventLog, RunState, parse_line, state_of
+from core.events import NO_LINK, EventLog, RunState, parse_line, state_of
 from core.notes import Note, read_note
-from core.paths import writing_whole
+from core.paths import open_regular, writing_whole
 from core.stages import EXPORT_STAGES
+from core.trust import remember_trust
 
 if TYPE_CHECKING:  # a viewer of a thousand runs reads no plan: pydantic is a third of its start
     from core.config import Resolved
@@ -36,7 +38,6 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-MANIFEST = "finetui-manifest.json"
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class Run:
         return state_of(self.events_path)
 
     def stage_path(self, stage: str) -> Path:
-        return self.path / stage
+        return self.path / (stage if NAME.fullmatch(stage) else "no-such-stage")  # a stranger's log may say anything
 
     def final_model(self, stage: str) -> Path:
         return self.stage_path(stage) / "final_model"
@@ -112,39 +113,6 @@ class Run:
     def newest_checkpoint(self, stage: str) -> Path | None:
         """The complete checkpoint with the highest step, or None."""
         return next(iter(complete_checkpoints(self.stage_path(stage) / "checkpoints")), None)
-
-
-def write_manifest(folder: Path) -> None:
-    """List every file of `folder` with its size in bytes, written last: the mark of a complete checkpoint or model."""
-    files = {
-        str(file.relative_to(folder)): file.stat().st_size
-        for file in sorted(folder.rglob("*"))
-        if file.is_file() and file.name != MANIFEST
-    }
-    for file in files:
-        with (folder / file).open("rb") as stream:
-            os.fsync(stream.fileno())
-    with writing_whole(folder / MANIFEST) as stream:
-        json.dump({"files": files}, stream, indent=1)
-
-
-def is_complete(folder: Path) -> bool:
-    """Whether `folder` has a manifest and every file in it has the size the manifest says."""
-    try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        return bool(files) and all((folder / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
-
-
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints of `folder`, newest step first."""
-    numbered = []
-    for path in folder.glob("checkpoint-*"):
-        step = path.name.removeprefix("checkpoint-")
-        if step.isdigit() and is_complete(path):
-            numbered.append((int(step), path))
-    return [path for _, path in sorted(numbered, reverse=True)]
 
 
 def create_run(folder: Path, resolved: "Resolved") -> Run:
@@ -181,6 +149,7 @@ def create_run(folder: Path, resolved: "Resolved") -> Run:
     run = Run(path)
     try:
         save_plan(resolved, run.plan_path)
+        remember_trust(run, plan)
         run.events.append(
             "created", v=1, name=run.name, method=plan.method, model=plan.model.size or plan.model.name,
             note=plan.note, stages=plan.stages, plan=resolved.fingerprint,
@@ -240,7 +209,7 @@ def take_lock(run: Run, patience_s: float = 3.0) -> int:
     """
     refused = FinetuiError(f"{run.name} is running already.", f"Watch it with `finetui watch {run.name}`.")
     try:
-        handle = os.open(run.lock_path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
+        handle = os.open(run.lock_path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | NO_LINK, 0o600)
     except OSError as error:
         raise FinetuiError(f"{run.lock_path} cannot be opened: {error.strerror}.", "Check its permissions.") from error
     if fcntl is None:
@@ -350,7 +319,7 @@ def summary(run: Run, tail_bytes: int = 65_536) -> dict[str, Any]:
     loss, margin.
     """
     state = RunState(name=run.name)
-    for event in _ends(run.events_path, tail_bytes):
+    for event in head_and_tail(run.events_path, tail_bytes):
         state.fold(event)
     if state.end_status is None and not is_alive(run) and (end := _last_end(run.events_path)):
         state.fold(end)
@@ -380,7 +349,7 @@ def summary(run: Run, tail_bytes: int = 65_536) -> dict[str, Any]:
 
 def _last_end(path: Path) -> dict[str, Any] | None:
     """The `run_end` of a log whose tail tells only of what was done to the run later; None where it has none."""
-    with contextlib.suppress(OSError, ValueError), path.open("rb") as stream:
+    with contextlib.suppress(OSError, ValueError), open_regular(path) as stream:
         with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as log:
             at = log.rfind(b'"kind":"run_end"')
             if at > log.rfind(b'"kind":"run_start"'):
@@ -394,10 +363,10 @@ def _modified(path: Path) -> float | None:
     return None
 
 
-def _ends(path: Path, tail_bytes: int) -> Iterator[dict[str, Any]]:
+def head_and_tail(path: Path, tail_bytes: int) -> Iterator[dict[str, Any]]:
     """Events of the log's head and tail; the middle of a long log is passed over."""
     try:
-        with path.open("rb") as stream:
+        with open_regular(path) as stream:
             size = os.fstat(stream.fileno()).st_size
             head = stream.read(min(size, 8192 if size > tail_bytes + 8192 else size))
             lines = head.splitlines() if len(head) == size else head.splitlines()[:-1]

@@ -15,6 +15,7 @@ from typing import IO, Any
 
 from core.runner import CHILD_ENV
 from core.runs import Run
+from core.trust import refuse_strangers
 
 Heard = dict[str, Any]
 
@@ -27,6 +28,7 @@ class Talk:
     """
 
     def __init__(self, run: Run, heard: Callable[[Heard], object]) -> None:
+        refuse_strangers(run)
         self._heard = heard
         self._closed = False
         self._errors = tempfile.TemporaryFile()  # a pipe that nobody drains would hold the child up

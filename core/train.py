@@ -19,6 +19,7 @@ import torch
 from trl import KTOConfig, SFTConfig
 
 from core.best import history_of, patience_is_over
+from core.checkpoints import step_of, write_manifest
 from core.data_ledger import LEDGER
 from core.errors import FinetuiError
 from core.fit import Arrangement, keep_arrangement, kept_arrangement, planned_arrangement, smaller_batches
@@ -28,8 +29,10 @@ from core.plan import KTOPlan, Plan, SFTPlan, StagePlan
 from core.prepare import StageData, kto_weights, planned_steps, prepare
 from core.ready import await_stage
 from core.runner import EXIT_REFIT, EXIT_STOPPED
-from core.runs import Run, write_manifest
+from core.runs import Run
+from core.secrets import guard_output
 from core.sources import ModelSource, model_source
+from core.train_alarms import AlarmCallback, refuse_not_finite, take_sound
 from core.train_arrange import PADDING_FREE_TOKENS, UNSLOTH_PADS, Fitting
 from core.train_best import BestCallback, take_best
 from core.train_data import kto_dataset, sft_dataset
@@ -37,6 +40,7 @@ from core.train_events import EventCallback, Reporter, Stopped
 from core.train_fit import FitCallback, Refit, cap_memory, out_of_memory
 from core.train_kto import kto_trainer_class, sft_trainer_class
 from core.train_model import Loaded, adapter_kept, load_adapter_weights, load_model, load_tokenizer
+from core.train_resume import compare_with_start, resume_point, settings_of, sound_base
 from core.train_samples import sample_callback
 
 OWNED = {
@@ -50,6 +54,7 @@ def main() -> int:
     """Returns 0 when the stage is done, 1 when it failed, EXIT_STOPPED after a stop with checkpoint."""
     if sys.argv[1:] == ["--ready"] and not await_stage():
         return 0
+    guard_output()
     run, stage, base = Run(Path(sys.argv[1])), sys.argv[2], (sys.argv[3] if len(sys.argv) > 3 else "")
     reporter = Reporter(run, stage)
     try:
@@ -94,32 +99,34 @@ def train_stage(run: Run, plan: Plan, name: str, base: str, reporter: Reporter) 
     with reporter.phase("tokenize"):
         source = model_source(plan.model, reporter.detail)
         if base:
-            source = ModelSource(source.base, run.final_model(base))
+            source = ModelSource(source.base, sound_base(run, base))
         tokenizer, template, _ = load_tokenizer(plan, source)
         data = prepare(plan.stage(name), name, template, reporter.detail, _progress(reporter))
         for text in data.notices:
             reporter.notice(text)
-        _store_report(folder, data, file_hashes(plan.stage(name), name))
+        hashes, checkpoint = file_hashes(plan.stage(name), name), resume_point(run, name, reporter)
+        if checkpoint:
+            compare_with_start(folder / "data.json", plan.stage(name), name, hashes, reporter)
+        _store_report(folder, plan.stage(name), data, hashes)
     fitted = Fitting(plan, name, source, data)
     found = fitted.arrangement(folder, cap, reporter)
     stage = found.applied(plan.stage(name))
     with reporter.phase("load", plan.model.name):
         loaded = Loaded(load_model(plan, source, stage, found.open_layers), tokenizer, template)
-    checkpoint = run.newest_checkpoint(name)
     build = kto_trainer if isinstance(stage, KTOPlan) else sft_trainer
     with reporter.phase("prepare"), adapter_kept(loaded.model):
         trainer = build(plan, stage, loaded, data, folder, reporter)  # type: ignore[arg-type]
-        _drop_incomplete(folder, keep=checkpoint)
     if cap and not checkpoint:
         expected = partial(fitted.estimate, found)
         trainer.add_callback(FitCallback(trainer, stage, cap, reporter, found.open_layers, expected))
     trainer.add_callback(best := BestCallback(stage, reporter))
+    trainer.add_callback(alarms := AlarmCallback(stage, reporter))
     if plan.samples.every:
         trainer.add_callback(sample_callback(plan.samples, plan.samples.every, loaded, data, trainer, reporter))
     steps = planned_steps(stage, name, len(data.training.examples))
     trainable = sum(parameter.numel() for parameter in loaded.model.parameters() if parameter.requires_grad)
     reporter.event(
-        "totals", steps=steps, batch=stage.effective_batch, resumed_step=_step_of(checkpoint), trainable=trainable,
+        "totals", steps=steps, batch=stage.effective_batch, resumed_step=step_of(checkpoint), trainable=trainable,
         **data.report(),
     )  # fmt: skip
     history = history_of(checkpoint) if checkpoint else []
@@ -127,16 +134,20 @@ def train_stage(run: Run, plan: Plan, name: str, base: str, reporter: Reporter) 
         load_adapter_weights(loaded.model, checkpoint)
         best.tell(history)
     else:
-        with reporter.phase("train", f"from step {_step_of(checkpoint)}" if checkpoint else ""):
+        with reporter.phase("train", f"from step {step_of(checkpoint)}" if checkpoint else ""):
             reporter.in_training = True
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             reporter.in_training = False
         history = trainer.state.log_history
-        if trainer.state.global_step < trainer.state.max_steps and not best.stopped_early:
+        ended_early = best.stopped_early or alarms.stopped_for
+        if trainer.state.global_step < trainer.state.max_steps and not ended_early:
             return True
     with reporter.phase("save"):
-        if stage.load_best_model_at_end:
+        if alarms.stopped_for:
+            take_sound(loaded.model, alarms.stopped_for, history, folder / "checkpoints", reporter)
+        elif stage.load_best_model_at_end:
             take_best(loaded.model, history, folder / "checkpoints", reporter)
+        refuse_not_finite(loaded.model, name)
         save_final(loaded, run.final_model(name))
     return False
 
@@ -147,24 +158,14 @@ def _progress(reporter: Reporter) -> Any:
     )
 
 
-def _store_report(folder: Path, data: StageData, hashes: dict[str, str]) -> None:
-    """The counts as data.json and every row's fate as ledger.jsonl."""
+def _store_report(folder: Path, stage: StagePlan, data: StageData, hashes: dict[str, str]) -> None:
+    """The counts and the settings as data.json, and every row's fate as ledger.jsonl."""
     from core.paths import writing_whole
 
     data.ledger.save(folder / LEDGER)
     with writing_whole(folder / "data.json") as stream:
-        json.dump({**data.report(), "sha256": hashes}, stream, indent=1, ensure_ascii=False)
-
-
-def _step_of(checkpoint: Path | None) -> int:
-    return int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0
-
-
-def _drop_incomplete(folder: Path, keep: Path | None) -> None:
-    """Remove checkpoints newer than the one resumed from: they are incomplete."""
-    for other in (folder / "checkpoints").glob("checkpoint-*"):
-        if other.name.removeprefix("checkpoint-").isdigit() and _step_of(other) > _step_of(keep):
-            shutil.rmtree(other, ignore_errors=True)
+        found = {**data.report(), "sha256": hashes, "settings": settings_of(stage)}
+        json.dump(found, stream, indent=1, ensure_ascii=False)
 
 
 def arguments(plan: Plan, stage: StagePlan, folder: Path, run_name: str) -> dict[str, Any]:

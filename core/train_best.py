@@ -6,8 +6,8 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from core.best import History, best_step, held_out_losses, patience_is_over
+from core.checkpoints import damage
 from core.plan import StagePlan
-from core.runs import is_complete
 from core.train_events import Reporter
 from core.train_model import load_adapter_weights
 
@@ -41,7 +41,7 @@ def take_best(model: Any, history: History, checkpoints: Path, reporter: Reporte
     """Put the weights of the best checkpoint into the model's adapter, and say which step that is."""
     losses, best = held_out_losses(history), best_step(history)
     folder = checkpoints / f"checkpoint-{best}"
-    if best is None or not is_complete(folder):
+    if best is None or damage(folder):
         reporter.notice(
             "There is no checkpoint of the lowest held-out loss; the final model is the last one.", "warning"
         )

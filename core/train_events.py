@@ -9,8 +9,10 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from core.best import best_step
+from core.checkpoints import complete_checkpoints, write_manifest
+from core.errors import FinetuiError
 from core.reporter import RESUME_ADVICE, Reporter, Stopped
-from core.runs import complete_checkpoints, write_manifest
+from core.train_alarms import is_finite
 
 __all__ = ["RESUME_ADVICE", "EventCallback", "Reporter", "Stopped"]
 
@@ -23,6 +25,7 @@ class EventCallback(TrainerCallback):
         self.last_time = time.monotonic()
         self.last_tokens: float | None = None
         self.cost_s = 0.0
+        self.spoilt = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -30,6 +33,8 @@ class EventCallback(TrainerCallback):
         self.last_time = time.monotonic()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not self.reporter.run.plan_path.exists():  # else a checkpoint would make it anew, without its plan
+            raise FinetuiError("The run's folder was deleted while it trained.", "Start it again.")
         if self.reporter.stop_asked:
             control.should_training_stop = True
             control.should_save = True
@@ -69,6 +74,14 @@ class EventCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = Path(args.output_dir or "") / f"checkpoint-{state.global_step}"
+        if not is_finite(kwargs["model"]):
+            shutil.rmtree(folder, ignore_errors=True)
+            if self.spoilt:
+                return
+            self.spoilt = True
+            text = f"No checkpoint at step {state.global_step} or later: the weights are not finite (NaN or infinity)."
+            self.reporter.notice(text, "error", f"Stop it and lower {self.reporter.stage}.learning_rate.")
+            return
         write_manifest(folder)
         self.reporter.event("checkpoint", step=state.global_step, path=str(folder.relative_to(self.reporter.run.path)))
         complete, best = complete_checkpoints(folder.parent), best_step(state.log_history)

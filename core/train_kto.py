@@ -100,6 +100,19 @@ class OneAdapter:
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_adapter_weights(model or self.model, Path(resume_from_checkpoint))
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As transformers does, and then the plan's own rate: it may have been lowered since the checkpoint."""
+        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        scheduler = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # type: ignore[attr-defined]
+        rate = self.args.learning_rate  # type: ignore[attr-defined]
+        if checkpoint is None or not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+            return
+        if scheduler.base_lrs != [rate] * len(scheduler.base_lrs):
+            scheduler.base_lrs = [rate] * len(scheduler.base_lrs)
+            groups = self.optimizer.param_groups  # type: ignore[attr-defined]
+            for group, factor in zip(groups, scheduler.lr_lambdas, strict=True):
+                group["initial_lr"], group["lr"] = rate, rate * factor(scheduler.last_epoch)
+
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The plan's schedule; from `lr_reduction_step` on multiplied by `lr_reduction_factor`, inside its lambda."""
         scheduler = super().create_scheduler(num_training_steps, optimizer)  # type: ignore[misc]

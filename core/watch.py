@@ -1,8 +1,10 @@
 """Follow a run in a plain terminal, a pipe, or as JSON lines; print the history and one run."""
 
 import json
+import os
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
@@ -65,7 +67,8 @@ def follow_task(
 
 
 def _view() -> "_View":
-    return _Bar() if sys.stdout.isatty() else _Plain()
+    able = os.name == "nt" or os.environ.get("TERM", "") not in ("", "dumb", "unknown")
+    return _Bar() if sys.stdout.isatty() and able else _Plain()
 
 
 def watched(run: Run, tail: EventTail, state: RunState, view: "_View", ask: bool) -> bool:
@@ -322,12 +325,20 @@ def show_end(out: Console, run: Run, state: RunState, end: str) -> None:
     for what, event in state.artefacts.items():
         say(f"{what}: {event.get('path') if '://' in str(event.get('path')) else run.path / str(event.get('path'))}")
     if end in ("failed", "crashed"):
-        for error in state.errors[-1:]:
-            say(str(error.get("message", ""))[:600], "red")
-            say(f"{error.get('advice', '')}")
+        show_card(run, end, say)
         say(f"Log: {run.log_path}")
     if end in ("failed", "crashed", "stopped", "aborted"):
         say(f"Resume: finetui resume {run.name}")
+
+
+def show_card(run: Run, end: str, say: Callable[..., None]) -> None:
+    """What happened to a run that failed, and the command that applies the remedy."""
+    from core.postmortem import examined
+
+    if found := examined(run, end):
+        say(f"✘ {found.title}", "red")
+        for word, text in found.lines(f"finetui resume --fix {run.name}:"):
+            say(f"  {word:<7} {text}")
 
 
 def show_run(out: Console, run: Run) -> None:
@@ -342,7 +353,10 @@ def show_run(out: Console, run: Run) -> None:
     say(f"{state.method} of {state.model}, {duration(head['duration_s'])}, in {run.path}")
     if state.note:
         say(f"note: {state.note}")
+    ended = None if head["status"] in ("running", "stopping") else run.events_path.stat().st_mtime
     for stage in state.stages:
+        if stage.state == "running" and ended:
+            stage.state, stage.ended = "crashed", ended
         taken = duration((stage.ended or time.time()) - stage.started) if stage.started else "–"
         say(f"  {GLYPHS.get(stage.state, '?')} {stage.name:<9} {stage.state:<8} {taken:>12}   "
             f"{metrics_line(stage) if stage.series.get('loss') else stage.detail}")  # fmt: skip

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from core.backend import settle
+from core.checkpoints import write_manifest
 from core.config import resolve
-from core.runs import Run, create_run, write_manifest
+from core.runs import Run, create_run
 
 
 def save_adapter(base: Path, folder: Path, seed: int = 0, **lora: Any) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import Refused, WriteRows, plan
 
-from core.runs import Run, create_run, list_runs, take_lock, write_manifest
+from core.checkpoints import write_manifest
+from core.runs import Run, create_run, list_runs, take_lock
 
 pytestmark = pytest.mark.usefixtures("no_gpu")
 

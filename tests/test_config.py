@@ -22,7 +22,7 @@ WritePlan = Callable[..., Path]
 OWN = {
     "max_length", "max_prompt_length", "extra", "values", "two_stage_lr", "lr_reduction_step", "lr_reduction_factor",
     "sign_correction", "padding_free", "regroup", "save_total_limit", "desirable_weight", "undesirable_weight", "beta",
-    "early_stopping_patience", "early_stopping_threshold", "load_best_model_at_end",
+    "early_stopping_patience", "early_stopping_threshold", "load_best_model_at_end", "on_alarm",
 }  # fmt: skip
 
 

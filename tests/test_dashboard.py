@@ -18,7 +18,7 @@ from tui.charts import Chart, ChartGrid, Frame, Panel, View, over_time, panels, 
 from tui.dashboard import DashboardScreen
 from tui.dialogs import PathsScreen
 from tui.follow import GIB, Follower, Recording, Snapshot, recording
-from tui.report import alert_words, energy_words, next_words, now_words, rsync_line
+from tui.report import alert_words, energy_words, next_words, notes_words, now_words, rsync_line
 from tui.wizard import WizardScreen
 
 pytestmark = pytest.mark.usefixtures("own_cache_and_no_gpu", "folder_made")
@@ -139,8 +139,13 @@ def test_the_machine_alarms_while_the_run_lives_and_the_weightiest_comes_first()
     found = said(snapshot)
     assert "1.0 GiB are free" in found[0] and any("91 °C" in text for text in found)
     assert any("GPU 1 is slowed down: temperature" in text for text in found)
-    assert said(replace(snapshot, status="done")) == ["SFT: the loss has not moved from 1."]
+    assert said(replace(snapshot, status="done")) == ["SFT: the loss has not moved from 1 in 5 logs: it is frozen."]
     assert "! " in alert_words(alerts(snapshot)).plain
+
+
+def test_an_alarm_of_the_trainer_is_not_told_twice_and_stays_once_it_is_over() -> None:
+    state = RunState(notices=[{"text": "the loss is not finite", "level": "error", "alarm": "nan"}])
+    assert "not finite" in notes_words(state).plain and notes_words(state, told=["nan"]).plain == ""
 
 
 def test_hostile_figures_of_a_card_alarm_harmlessly() -> None:

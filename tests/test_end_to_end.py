@@ -260,3 +260,16 @@ def test_detached_json_names_the_run_and_dry_run_makes_none(tiny_model: Path, ro
     assert finish(run) == "done"
     events = [json.loads(line) for line in command("watch", run.name, "--json").stdout.splitlines()]
     assert events[0]["v"] == 1 and events[-1] == {**events[-1], "kind": "run_end", "status": "done"}
+
+
+def test_a_runner_killed_after_its_last_stage_is_finished_by_a_resume(make_run: MakeRun) -> None:
+    run = make_run("sft", sft__max_steps=2)
+    runner.start(run)
+    assert finish(run) == "done"
+    lines = run.events_path.read_text().splitlines(keepends=True)
+    assert '"run_end"' in lines[-1]
+    run.events_path.write_text("".join(lines[:-1]))
+    assert status(run, run.state().end_status) == "crashed"
+    runner.resume(run)
+    assert finish(run) == "done"
+    assert len([line for line in run.events_path.read_text().splitlines() if '"stage_start"' in line]) == 1

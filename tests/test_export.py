@@ -18,13 +18,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from core import runner
 from core.artefacts import ask_for, checked_request, made, read_report, there, trained
 from core.backend import installed
+from core.checkpoints import is_complete, write_manifest
 from core.cli import main
 from core.commands_export import begin, check_export
 from core.config import resolve, save_plan
 from core.errors import FinetuiError
 from core.events import EventTail
 from core.lineage import lineage_of
-from core.runs import Run, is_alive, is_complete, request_stop, write_manifest
+from core.runs import Run, is_alive, request_stop
 
 
 def merged(run: Run) -> Path:

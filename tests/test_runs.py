@@ -16,19 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from rich.console import Console
 from test_events import wild_events
 
+from core.checkpoints import MANIFEST, complete_checkpoints, is_complete, write_manifest
 from core.errors import FinetuiError
 from core.paths import runs_dir, writing_whole
-from core.runs import (
-    MANIFEST,
-    Run,
-    complete_checkpoints,
-    create_run,
-    find_run,
-    is_complete,
-    list_runs,
-    summary,
-    write_manifest,
-)
+from core.runs import Run, create_run, find_run, list_runs, summary
 from core.watch import line_of, runs_table, show_run
 
 # --- making ---

@@ -12,8 +12,9 @@ from transformers import AutoTokenizer
 
 from core import train
 from core.chat import Template
+from core.checkpoints import complete_checkpoints
 from core.prepare import StageData, prepare
-from core.runs import Run, complete_checkpoints
+from core.runs import Run
 from core.sources import ModelSource, model_source
 from core.train_events import Reporter
 from core.train_kto import KTOBatches, kto_losses

@@ -13,10 +13,10 @@ from huggingface_hub import ModelCard, constants
 
 from core import gguf_tools, runner
 from core.artefacts import ask_for, checked_request, made, read_report
+from core.checkpoints import write_manifest
 from core.cli import main
 from core.errors import FinetuiError
 from core.evaluation import HELD_OUT, REPORT_KEYS, evaluation_path
-from core.runs import write_manifest
 from core.upload import check_upload
 
 

@@ -15,12 +15,13 @@ from textual.widgets import Input
 
 import tui
 from core.backend import settle
+from core.checkpoints import write_manifest
 from core.config import resolve
 from core.disk import adapter_parameters, checkpoint_bytes
 from core.gpu import GpuSample
 from core.paths import configs_dir
 from core.ready import Ready
-from core.runs import Run, create_run, write_manifest
+from core.runs import Run, create_run
 from core.sources import ModelSource
 from core.turns import take_turn
 from tui.completion import completions, load_recent, remember

@@ -13,8 +13,9 @@ from textual.message import Message
 from textual.widgets import Static
 from textual.worker import get_current_worker
 
-from core import runner
+from core import remedy, runner
 from core.events import RunState, StageState
+from core.remedy import Remedy
 from core.runs import Run, request_stop
 from core.stages import TRAINING_STAGES
 from core.text import clean
@@ -59,6 +60,7 @@ class DashboardScreen(RunRoom):
         Binding("s", "stop", "Stop with checkpoint"),
         Binding("a", "abort", "Abort"),
         Binding("r", "resume", "Resume"),
+        Binding("f", "fix", "Do what the card advises, and resume", show=False),
         Binding("k", "kto", "KTO from here"),
         Binding("u", "export", "Merge, GGUF, upload"),
         Binding("v", "evaluate", "Evaluate"),
@@ -193,8 +195,9 @@ class DashboardScreen(RunRoom):
         answers = newest_words(state, max(20, self.query_one("#left").size.width - 2)) if state.samples else Content("")
         self.query_one("#samples").display = bool(answers)
         self.query_one("#samples", Words).say(answers)
+        notes = notes_words(state, told=[alert.kind for alert in found])
         worth_knowing = alert_words([alert for alert in found if alert.weight < 2])
-        self.query_one("#notes", Words).say(Content("\n").join(filter(None, [worth_knowing, notes_words(state)])))
+        self.query_one("#notes", Words).say(Content("\n").join(filter(None, [worth_knowing, notes])))
         self.query_one("#side", Words).say(side_words(snapshot))
 
     def paint_end(self, snapshot: Snapshot, worrying: list[Alert]) -> None:
@@ -242,6 +245,9 @@ class DashboardScreen(RunRoom):
         if action == "resume":
             ended = self.snapshot is not None and not live and self.snapshot.status not in ("done", "deleted")
             return ended and not isinstance(self.run_shown, Recording)
+        if action == "fix":
+            card = self.snapshot.card if self.snapshot and not isinstance(self.run_shown, Recording) else None
+            return card is not None and card.remedy is not None
         if action == "kto":
             return self.snapshot is not None and can_go_on_with_kto(self.snapshot)
         if action == "export":
@@ -272,6 +278,12 @@ class DashboardScreen(RunRoom):
 
     def action_resume(self) -> None:
         self.do(lambda: runner.resume(self.run_shown))
+
+    def action_fix(self) -> None:
+        """Apply the remedy that the card names, and resume."""
+        found = self.snapshot.card.remedy if self.snapshot and self.snapshot.card else None
+        if found is not None:
+            self.do(lambda: fix_and_resume(self.run_shown, found))
 
     def action_stage(self, by: int) -> None:
         if not self.snapshot:
@@ -352,6 +364,11 @@ class DashboardScreen(RunRoom):
 
     def action_leave(self) -> None:
         self.dismiss(None)
+
+
+def fix_and_resume(run: Run, found: Remedy) -> None:
+    remedy.apply(run, found)
+    runner.resume(run)
 
 
 def panel_words(found: list[Panel], shown: range, view: View, stage: str) -> Content:

@@ -240,9 +240,13 @@ def save_draft(draft: Draft, path: Path) -> None:
     seconds while a trainer writes a checkpoint. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "w", encoding="utf-8") as stream:
-        stream.write(draft.model_dump_json(indent=1))
-    os.replace(temporary, path)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(draft.model_dump_json(indent=1))
+        os.replace(temporary, path)
+    except OSError:
+        os.unlink(temporary)
+        raise
 
 
 def draft_of(plan: Plan) -> Draft:

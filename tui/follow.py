@@ -7,18 +7,22 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from core.events import Event, EventTail, RunState, StageState, parse_line
+from core.events import MAX_LINE, Event, EventTail, RunState, StageState, parse_line
 from core.gpu import GpuSample, gpu_report
 from core.notes import Note, note_mark, read_note
+from core.paths import open_regular
 from core.runs import Run, is_alive, list_runs, status, summary
 from core.text import clean
+
+if TYPE_CHECKING:
+    from core.postmortem import PostMortem
 
 MAX_POINTS = 600
 KEPT_POINTS = 4000
 MAX_SAMPLES = 240
-LIVE = ("running", "stopping")
+LIVE, FAILED = ("running", "stopping"), ("failed", "crashed")
 GIB = 1 << 30
 BREATH_LINES, BREATH_S = 1000, 0.001
 BATCH_BYTES = 1_500_000
@@ -71,6 +75,7 @@ class Snapshot:
     """By stage: (step, seconds of training up to it)."""
     energy_j: float | None = None
     disk_free: int | None = None
+    card: "PostMortem | None" = None
     partial: bool = False
     """A first look at a long log; the whole follows."""
 
@@ -201,6 +206,7 @@ class Follower:
         self._shown: tuple[str, Any] = ("", None)
         self._copy: dict[str, Any] = {}
         self._disk: tuple[float, int | None] = (-DISK_EVERY_S, None)
+        self._examined: tuple[tuple[str, int], PostMortem | None] = (("", -1), None)
 
     def read(self) -> Snapshot | None:
         """What the run is now, or None where nothing has happened since the last call and nothing lives."""
@@ -229,16 +235,20 @@ class Follower:
 
     def _take_copy(self) -> None:
         self._copy = {
-            "state": _copied(self._state),
-            "sensors": self._sensors.lines(),
-            "clocks": self._clock.points(),
+            "state": _copied(self._state), "sensors": self._sensors.lines(), "clocks": self._clock.points(),
             "energy_j": self._sensors.energy_j,
-        }
+        }  # fmt: skip
 
     def _snapshot(self, now: str) -> Snapshot:
         note = read_note(self.run.path) or Note(self._state.note)
+        mark = (now, self._tail.offset)
+        if self._examined[0] != mark and now in FAILED:
+            from core.postmortem import examined  # here, for hardly any run needs it
+
+            self._examined = mark, examined(self.run, now)
+        card = self._examined[1] if now in FAILED else None
         return Snapshot(
-            self.run, now, phase_started=self._phase_started, taken=time.time(), note=note,
+            self.run, now, phase_started=self._phase_started, taken=time.time(), note=note, card=card,
             disk_free=self._disk_free() if now in LIVE else None, **self._copy,
         )  # fmt: skip
 
@@ -287,10 +297,10 @@ class Follower:
 
 def sampled_events(path: Path) -> Iterator[Event]:
     """Every event of a long log but those of logged steps, of which only every so many; nothing of a short log."""
-    with contextlib.suppress(OSError), path.open("rb") as stream:
+    with contextlib.suppress(OSError), open_regular(path) as stream:
         size = os.fstat(stream.fileno()).st_size
         stride = size // LONG_LOG_BYTES
-        for number, line in enumerate(stream if stride > 1 else ()):
+        for number, line in enumerate(iter(lambda: stream.readline(MAX_LINE), b"") if stride > 1 else ()):
             if number % BREATH_LINES == 0:
                 time.sleep(BREATH_S)  # the interpreter's lock goes to the keyboard
             if number % stride == 0 or b'"log"' not in line[:80]:
@@ -447,6 +457,7 @@ class History:
                 row = {key: tame(value) for key, value in summary(run).items()}
                 row["started"] = row["started"] if row["started"] and 0 < row["started"] < 1e11 else None
                 fresh += 1
+                time.sleep(0 if fresh % 5 else BREATH_S)
             self._known[run.name] = (mark, row)
             found.append(row)
             if fresh >= size:
@@ -473,7 +484,7 @@ class LogTail:
     def read(self, limit_bytes: int = 262_144) -> list[str]:
         """New whole lines. Of a line that rewrote itself (a progress bar) only the last state is kept."""
         try:
-            with self.path.open("rb") as stream:
+            with open_regular(self.path) as stream:
                 size = os.fstat(stream.fileno()).st_size
                 if self._offset is None or size < self._offset:
                     self._offset = max(0, size - self.backlog_bytes)

@@ -3,7 +3,7 @@
 import shlex
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from textual.content import Content
@@ -139,15 +139,23 @@ def end_words(snapshot: Snapshot) -> Content:
                 Content.assemble((f"✔ model after {STAGE_NAMES[stage.name]}: ", "$text-success"), clean(path, 400))
             )
     lines += made_words(snapshot.state, str(snapshot.run.path))
-    if snapshot.status in ("failed", "crashed"):
-        for error in snapshot.state.errors[-1:]:
-            message = f"✘ {clean(error.get('type', ''), 40)}: {clean(error.get('message', ''), 600)}"
-            lines += [Content.styled(message, "$text-error"), Content(clean(error.get("advice") or "", 400))]
-        if not snapshot.state.errors:
-            lines.append(Content.styled("✘ It ended without a word: killed, or the machine went down.", "$text-error"))
+    lines += card_words(snapshot)
     if snapshot.status in ("failed", "crashed", "stopped", "aborted") and not isinstance(snapshot.run, Recording):
         lines.append(Content.assemble("r goes on from the newest checkpoint, l shows the log."))
     return Content("\n").join(lines)
+
+
+def card_words(snapshot: Snapshot) -> list[Content]:
+    """The card of a run that failed: what happened, evidence, cause, and the key that applies the remedy."""
+    if not (card := snapshot.card):
+        return []
+    lines = [Content.styled(f"✘ {card.title}", "bold $text-error")]
+    for word, text in card.lines("f"):
+        if word == "remedy" and isinstance(snapshot.run, Recording):
+            continue
+        hue = "bold $text-success" if word == "remedy" else "$foreground-muted" if word == "log" else ""
+        lines.append(Content.assemble((f"  {word:<7} ", "$foreground-muted"), (text, hue)))
+    return lines
 
 
 def can_be_exported(snapshot: Snapshot) -> bool:
@@ -256,12 +264,13 @@ def energy_words(joules: float | None) -> str:
     return f"{hours:.1f} Wh" if hours < 1000 else f"{hours / 1000:.2f} kWh"
 
 
-def notes_words(state: RunState, limit: int = 6) -> Content:
-    """The newest notices, newest last, and how many figures were not finite."""
+def notes_words(state: RunState, limit: int = 6, told: Collection[str] = ()) -> Content:
+    """The newest notices, newest last, and how many figures were not finite; not the alarms that are `told` already."""
     lines = []
     if state.nonfinite:
         lines.append(Content.styled(f"! {state.nonfinite} figures were not finite (NaN or infinite)", "$text-error"))
-    unique = {(notice.get("text"), notice.get("advice")): notice for notice in state.notices}  # each stage says some
+    fresh = [notice for notice in state.notices if not notice.get("alarm") or notice["alarm"] not in told]
+    unique = {(notice.get("text"), notice.get("advice")): notice for notice in fresh}  # each stage says some
     for notice in list(unique.values())[-limit:]:
         warning = notice.get("level") in ("warning", "error")
         text = f"{clean(notice.get('text', ''), 300)} {clean(notice.get('advice') or '', 200)}".rstrip()

@@ -29,8 +29,9 @@ from typing import Any
 
 from core import runner
 from core.backend import gpu_present, settle
+from core.checkpoints import complete_checkpoints
 from core.config import resolve
-from core.runs import Run, complete_checkpoints, create_run, is_alive, request_stop
+from core.runs import Run, create_run, is_alive, request_stop
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHAPE = {"model.load_in_4bit": True, "lora.r": 32, "lora.alpha": 64}

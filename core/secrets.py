@@ -1,0 +1,57 @@
+"""Tokens are taken out of whatever is written down: events, and what a child of a run prints into its log."""
+
+import functools
+import logging
+import os
+import re
+import sys
+from typing import IO, Any, cast
+
+NAMES = re.compile(r"(?:^|_)(?:TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS)(?:$|_)", re.IGNORECASE)
+SHORTEST = 8
+FORMS = r"\bhf_[A-Za-z0-9]{16,}|\bsk-[A-Za-z0-9_-]{20,}|\bgh[pousr]_[A-Za-z0-9]{20,}|\bwandb_v1_[A-Za-z0-9_]{20,}"
+HIDDEN = "‹secret›"
+
+
+@functools.lru_cache(8)
+def _pattern(values: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join([*map(re.escape, values), FORMS]))
+
+
+def _values() -> tuple[str, ...]:
+    """The secrets of this process's environment, the longest first."""
+    found = {value for name, value in os.environ.items() if len(value) >= SHORTEST and NAMES.search(name)}
+    return tuple(sorted(found, key=lambda value: (-len(value), value)))
+
+
+def redact(text: str) -> str:
+    """`text` without the environment's secrets and what has the form of a well-known token."""
+    return _pattern(_values()).sub(HIDDEN, text)
+
+
+class _Guarded:
+    """A stream that writes redacted text; everything else is the stream's own."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(redact(text))
+        return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def guard_output() -> None:
+    """What this process prints, tracebacks too, holds no secrets from now on."""
+    guarded = {stream: cast(IO[str], _Guarded(stream)) for stream in (sys.stdout, sys.stderr)}
+    for logger in [logging.getLogger(), *map(logging.getLogger, logging.root.manager.loggerDict)]:
+        for handler in logger.handlers:  # libraries took their stream when they were imported
+            if isinstance(handler, logging.StreamHandler) and handler.stream in guarded:
+                handler.setStream(guarded[handler.stream])
+    sys.stdout, sys.stderr = guarded[sys.stdout], guarded[sys.stderr]

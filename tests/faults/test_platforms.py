@@ -1,0 +1,122 @@
+"""Hard places to run in: a dumb terminal, a home that cannot be written, no network and an empty cache, WSL2."""
+
+import os
+import pty
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import MakeNamed
+
+from core import doctor, gpu
+from core.runs import Run
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def finetui(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command in an environment with nothing but what is given."""
+    bare = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-P", "-m", "core.cli", *words]
+    return subprocess.run(command, capture_output=True, text=True, env=bare | environment, timeout=120, check=False)
+
+
+def in_a_sentence(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode in (0, 1, 2, 3), done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    if done.returncode:
+        assert done.stderr.startswith("finetui: ") and len(done.stderr.splitlines()) <= 3
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("words", [
+    ["runs"], ["plan", "sft"], ["check", "{rows}", "--method", "kto"],
+    ["sft", "--model-name", "{model}", "--local-file", "{rows}", "--dry-run"],
+    ["data", "clean", "{rows}", "{rows}.better"],
+], ids=lambda words: " ".join(words[:2]))  # fmt: skip
+def test_a_home_that_cannot_be_written_stops_nothing_that_needs_no_home(
+    words: list[str], tiny_model: Path, rows_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    filled = [word.format(rows=rows_file(), model=tiny_model) for word in words]
+    done = finetui(*filled, HOME="/proc/1/fdinfo", FINETUI_RUNS=str(tmp_path / "runs"))
+    in_a_sentence(done)
+    assert done.returncode == 0 or words[0] == "runs", done.stderr
+
+
+@pytest.mark.parametrize("words", [
+    ["sft", "--model-name", "somebody/some-model", "--local-file", "{rows}", "--dry-run"],
+    ["sft", "--model-name", "{model}", "--dataset-name", "somebody/some-rows", "--dry-run"],
+    ["data", "look", "somebody/some-rows"],
+], ids=["model", "rows", "look"])  # fmt: skip
+def test_without_network_and_cache_it_is_said_in_a_sentence_what_cannot_be_had(
+    words: list[str], tiny_model: Path, rows_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    filled = [word.format(rows=rows_file(), model=tiny_model) for word in words]
+    done = finetui(*filled, HOME=str(tmp_path), FINETUI_RUNS=str(tmp_path / "runs"), HF_HUB_OFFLINE="1")
+    assert done.returncode == 2 and "somebody/some-" in in_a_sentence(done)
+
+
+def in_pty(*words: str, **environment: str) -> bytes:
+    """What a command writes to a terminal."""
+    master, slave = pty.openpty()
+    command = [sys.executable, "-P", "-m", "core.cli", *words]
+    child = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, env={**os.environ, **environment})
+    os.close(slave)
+    seen = b""
+    while True:
+        try:
+            part = os.read(master, 65536)
+        except OSError:
+            break
+        if not part:
+            break
+        seen += part
+    child.wait(60)
+    os.close(master)
+    return seen
+
+
+@pytest.mark.parametrize("term", ["dumb", ""])
+def test_a_dumb_terminal_is_sent_no_control(term: str, named: MakeNamed) -> None:
+    run: Run = named("ended")
+    run.events.append("run_start", pid=1)
+    run.events.append("stage_start", name="sft")
+    run.events.append("log", stage="sft", step=1, loss=1.0)
+    run.events.append("run_end", status="done")
+    for words in (["watch", "ended"], ["show", "ended"], ["runs"]):
+        seen = in_pty(*words, "--runs-dir", str(run.path.parent), TERM=term, PYTHONPATH=str(ROOT))
+        assert b"done" in seen and not re.search(rb"\x1b\[[0-9;]*[A-HJKSTfhl]|\x1b\]", seen), seen
+
+
+# --- WSL2 ---
+
+
+@pytest.fixture
+def wsl(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    release = tmp_path / "osrelease"
+    release.write_text("5.15.167.4-microsoft-standard-WSL2\n")
+    monkeypatch.setattr(gpu, "OSRELEASE", release)
+
+
+@pytest.mark.usefixtures("wsl")
+def test_under_wsl_memory_is_not_pinned_and_a_windows_disk_is_warned_of(
+    named: MakeNamed, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from core import train
+
+    plan = named("one").plan()
+    plan.device = "cuda"
+    assert train.arguments(plan, plan.sft, tmp_path, "x")["dataloader_pin_memory"] is False
+    monkeypatch.setattr(gpu, "OSRELEASE", tmp_path / "none")
+    assert train.arguments(plan, plan.sft, tmp_path, "x")["dataloader_pin_memory"] is True
+
+
+@pytest.mark.usefixtures("wsl")
+def test_a_run_on_a_windows_disk_is_warned_of_before_it_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(doctor, "_disk_kind", lambda folder: "9p")
+    assert "Windows" in doctor.windows_disk(tmp_path) or "/mnt/c" in doctor.windows_disk(tmp_path)
+    monkeypatch.setattr(doctor, "_disk_kind", lambda folder: "ext4")
+    assert doctor.windows_disk(tmp_path) == ""

@@ -1,0 +1,289 @@
+"""Storage that fails: damaged checkpoints, torn logs, changed plans and rows, folders that vanish, full disks."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import MakeNamed, MakeRun, finish, losses, wait_until
+from hypothesis import given
+from hypothesis import strategies as st
+
+from core import runner
+from core.checkpoints import MANIFEST, damage, is_complete, sound_checkpoint, write_manifest
+from core.errors import FinetuiError
+from core.plan import KTOPlan, SFTPlan
+from core.reporter import Reporter
+from core.runs import Run, create_run, is_alive, status, take_lock
+from core.train_resume import compare_with_start, resume_point, settings_of, sound_base
+
+HERE = Path(__file__).resolve().parent
+
+
+def checkpoint(run: Run, step: int, stage: str = "sft") -> Path:
+    folder = run.stage_path(stage) / "checkpoints" / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    for name in ("adapter_model.safetensors", "optimizer.pt", "trainer_state.json"):
+        (folder / name).write_bytes(os.urandom(4000))
+    write_manifest(folder)
+    return folder
+
+
+def flip(file: Path) -> None:
+    """One bit of the middle is another."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a flipped bit": (lambda folder: flip(folder / "optimizer.pt"), "optimizer.pt is not as it was saved"),
+    "a file cut short": (lambda folder: os.truncate(folder / "optimizer.pt", 10), "has 10 bytes instead of 4000"),
+    "a missing file": (lambda folder: (folder / "optimizer.pt").unlink(), "optimizer.pt is missing"),
+    "no manifest": (lambda folder: (folder / MANIFEST).unlink(), "it was never finished"),
+    "a torn manifest": (lambda folder: os.truncate(folder / MANIFEST, 20), "its manifest cannot be read"),
+    "a folder for a file": (
+        lambda folder: ((folder / "optimizer.pt").unlink(), (folder / "optimizer.pt").mkdir()),
+        "optimizer.pt is no file",
+    ),
+    "a way out of the folder": (
+        lambda folder: (folder / MANIFEST).write_text('{"files": {"../../../../etc/passwd": 1}}'),
+        "manifest cannot be read",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_the_newest_sound_checkpoint_is_taken_and_the_damaged_one_is_named(kind: str, named: MakeNamed) -> None:
+    run = named()
+    good, bad = checkpoint(run, 10), checkpoint(run, 20)
+    assert resume_point(run, "sft", Reporter(run, "sft")) == bad
+    DAMAGE[kind][0](bad)
+    assert sound_checkpoint(bad.parent)[0] == good and DAMAGE[kind][1] in damage(bad)
+    assert resume_point(run, "sft", Reporter(run, "sft")) == good
+    [notice] = run.state().notices
+    assert notice["text"].startswith("SFT goes on from checkpoint-10: checkpoint-20 is left out: ")
+    assert DAMAGE[kind][1] in notice["text"] and "\n" not in notice["text"]
+    assert not bad.exists(), "it would stand in the way of the next one"
+
+
+def test_without_any_sound_checkpoint_the_stage_begins_again_and_says_so(named: MakeNamed) -> None:
+    run = named()
+    flip(checkpoint(run, 10) / "optimizer.pt")
+    assert resume_point(run, "sft", Reporter(run, "sft")) is None
+    assert "SFT begins at its first step: checkpoint-10 is left out" in run.state().notices[0]["text"]
+    assert resume_point(named("fresh"), "sft", Reporter(named("other"), "sft")) is None
+
+
+@given(st.binary(max_size=200))
+def test_no_manifest_breaks_the_look_at_a_checkpoint(tmp_path_factory: pytest.TempPathFactory, raw: bytes) -> None:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    (folder / MANIFEST).write_bytes(raw)
+    assert not is_complete(folder) and damage(folder)
+
+
+def test_a_damaged_model_of_the_stage_before_is_not_trained_on(named: MakeNamed) -> None:
+    run = named()
+    folder = run.final_model("sft")
+    folder.mkdir(parents=True)
+    (folder / "adapter_model.safetensors").write_bytes(os.urandom(100))
+    write_manifest(folder)
+    assert sound_base(run, "sft") == folder
+    flip(folder / "adapter_model.safetensors")
+    with pytest.raises(FinetuiError, match="that SFT left is damaged: adapter_model.safetensors is not") as caught:
+        sound_base(run, "sft")
+    assert str(folder) in caught.value.advice
+
+
+# --- what a run was begun with ---
+
+
+def begun(run: Run, stage: SFTPlan, hashes: dict[str, str]) -> Path:
+    file = run.path / "data.json"
+    file.write_text(json.dumps({"sha256": hashes, "settings": settings_of(stage)}))
+    return file
+
+
+def test_other_rows_than_the_run_was_begun_with_are_refused(named: MakeNamed) -> None:
+    run, stage = named(), SFTPlan()
+    file, reporter = begun(run, stage, {"rows.jsonl": "a"}), Reporter(run, "sft")
+    compare_with_start(file, stage, "sft", {"elsewhere.jsonl": "a"}, reporter)
+    with pytest.raises(FinetuiError, match="rows.jsonl is not what it was when this run was begun"):
+        compare_with_start(file, stage, "sft", {"rows.jsonl": "b"}, reporter)
+    assert run.state().notices == []
+
+
+@pytest.mark.parametrize("change", [{"max_length": 64}, {"seed": 1}, {"batch_size": 3}, {"data": {"max_rows": 5}}])
+def test_a_setting_that_would_change_the_rows_is_refused_by_name(named: MakeNamed, change: dict[str, object]) -> None:
+    run = named()
+    file = begun(run, SFTPlan(), {})
+    with pytest.raises(FinetuiError, match=r"sft\.\S+ was \S+ when this run was begun and is") as caught:
+        compare_with_start(file, SFTPlan(**change), "sft", {}, Reporter(run, "sft"))
+    assert "plan.yaml" in caught.value.advice
+
+
+def test_other_changes_are_taken_and_told(named: MakeNamed) -> None:
+    run = named()
+    file = begun(run, SFTPlan(batch_size=4), {})
+    again = SFTPlan(batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-5)
+    compare_with_start(file, again, "sft", {}, Reporter(run, "sft"))
+    [notice] = run.state().notices
+    assert notice["text"] == "Changed in the plan since this stage was begun: sft.learning_rate 0.0002 → 1e-05."
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", '{"sha256": 3, "settings": 4}', '{"settings": {"seed": {}}, "sha256": [[]]}']
+)
+def test_a_broken_record_of_the_start_stops_nobody(named: MakeNamed, text: str) -> None:
+    run = named()
+    (run.path / "data.json").write_text(text)
+    try:
+        compare_with_start(run.path / "data.json", KTOPlan(), "kto", {"a": "b"}, Reporter(run, "kto"))
+    except FinetuiError as error:
+        assert "seed" in error.message
+
+
+def test_a_real_run_goes_on_from_the_last_sound_checkpoint_with_a_lower_rate(make_run: MakeRun) -> None:
+    """A kill, a flipped bit in the newest checkpoint, a torn log, a rate lowered by hand: all in one resume."""
+    run = make_run(
+        "sft", sft__max_steps=400, sft__save_steps=5, sft__lr_scheduler_type="constant", sft__warmup_ratio=0.0
+    )
+    runner.start(run)
+    wait_until(lambda: len(run.state().stage("sft").checkpoints) >= 2)
+    os.kill(run.state().stage("sft").pid or 0, 9)
+    assert finish(run) == "failed"
+    newest, before = sorted(
+        run.stage_path("sft").glob("checkpoints/checkpoint-*"), key=lambda path: -int(path.name[11:])
+    )[:2]
+    if not is_complete(newest):
+        shutil.rmtree(newest)
+        newest, before = before, run.stage_path("sft") / "checkpoints" / f"checkpoint-{int(before.name[11:]) - 5}"
+    flip(newest / "optimizer.pt")
+    with run.events_path.open("ab") as log:
+        log.write(b'\x00\xff{"t": 1, "kind": "lo')
+    steps = int(before.name[11:]) + 4
+    text = run.plan_path.read_text().replace("learning_rate: 0.01 ", "learning_rate: 0.001 ").replace(
+        "max_steps: 400", f"max_steps: {steps}")  # fmt: skip
+    run.plan_path.write_text(text)
+    runner.resume(run)
+    assert finish(run) == "done"
+    state = run.state()
+    told = [notice["text"] for notice in state.notices]
+    assert any(f"goes on from {before.name}: {newest.name} is left out" in text for text in told)
+    assert any("sft.learning_rate 0.01 → 0.001" in text for text in told)
+    assert list(losses(run, "sft")) == list(range(1, steps + 1))
+    rates = dict(state.stage("sft").series["learning_rate"])
+    assert rates[steps] == pytest.approx(1e-3) and rates[steps - 4] == pytest.approx(1e-2)
+
+
+# --- folders ---
+
+
+def test_a_folder_deleted_while_it_trains_ends_the_run_and_does_not_come_back(make_run: MakeRun) -> None:
+    run = make_run("sft", sft__max_steps=4000, sft__save_steps=5)
+    runner.start(run)
+    wait_until(lambda: run.state().stage("sft").checkpoints)
+    pids = [run.state().start["pid"], run.state().stage("sft").pid]
+    away = run.path.with_name("away")
+    run.path.rename(away)  # at once, as a file manager moves it to the bin
+    try:
+        wait_until(lambda: not is_alive(Run(away)), 60)
+        assert not run.path.exists() or not (run.path / "plan.yaml").exists()
+        assert pids
+    finally:
+        shutil.rmtree(run.path, ignore_errors=True)
+
+
+AS_NOBODY = """
+import os, sys
+from pathlib import Path
+from core.errors import FinetuiError
+from core.notes import Note, write_note
+from core.runs import Run, list_runs, summary, take_lock
+os.setgid(65534); os.setuid(65534)
+run = Run(Path(sys.argv[1]))
+print(summary(run)["status"], len(list_runs(run.path.parent)))
+for deed in (lambda: take_lock(run), lambda: write_note(run.path, Note("x"))):
+    try:
+        deed()
+    except FinetuiError as error:
+        print(error.message)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() != 0, reason="only root can become another user")
+def test_another_user_may_look_at_a_read_only_run_and_is_refused_in_a_sentence() -> None:
+    from conftest import plan
+
+    with tempfile.TemporaryDirectory(prefix="finetui-faults-") as place:
+        run = create_run(Path(place) / "runs", plan(name="shared"))
+        run.events.append("run_end", status="done")
+        os.close(take_lock(run))
+        for path in [Path(place), run.path.parent, run.path, *run.path.rglob("*")]:
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        told = subprocess.run(
+            [sys.executable, "-P", "-c", AS_NOBODY, str(run.path)], capture_output=True, text=True, check=False
+        )
+        for path in [Path(place), run.path.parent, run.path]:
+            path.chmod(0o755)
+    lines = told.stdout.splitlines()
+    assert lines[0] == "done 1", told.stderr
+    assert "lock cannot be opened: Permission denied" in lines[1] and "cannot be written" in lines[2]
+
+
+def test_a_folder_that_cannot_hold_runs_is_one_sentence() -> None:
+    from conftest import plan
+
+    with pytest.raises(FinetuiError, match="No run can be made in /proc/runs"):
+        create_run(Path("/proc/runs"), plan())
+
+
+def can_mount() -> bool:
+    if not shutil.which("unshare"):
+        return False
+    words = ["unshare", "-Urm", "mount", "-t", "tmpfs", "-o", "size=64k", "none", "/mnt"]
+    return subprocess.run(words, capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.skipif(not can_mount(), reason="no small disk can be mounted in a user namespace here")
+def test_a_full_disk_ends_a_run_with_a_card_and_what_was_saved_is_whole(tiny_model: Path) -> None:
+    work = f'exec "{sys.executable}" -P "{HERE / "full_disk.py"}" "{tiny_model}"'
+    words = ["unshare", "-Urm", "sh", "-c", f"mount -t tmpfs -o size=6m none /mnt && {work}"]
+    told = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
+    assert told.returncode == 0, told.stderr[-3000:]
+    found = json.loads(told.stdout.strip().splitlines()[-1])
+    assert "cannot be written: No space left on device" in found["started"]["said"] and found["started"]["left"] == []
+    assert found["draft"]["said"] == "No space left on device" and found["draft"]["kept"] == 1
+    assert not [name for name in found["draft"]["left"] if name.startswith(".draft")]
+    trained = found["trained"]
+    assert (trained["status"], trained["kind"], trained["checkpoint"]) == ("failed", "disk-full", True), trained
+    assert (trained["after"], trained["steps"], trained["sorted"]) == ("done", 120, True)
+
+
+# --- clocks and process ids ---
+
+
+def test_a_reboot_with_a_clock_that_was_set_back_and_ids_given_again_leaves_a_run_that_can_be_resumed(
+    named: MakeNamed,
+) -> None:
+    run = named()
+    run.events.append("run_start", pid=os.getpid(), pid_started=1.0, boot="another start of the machine")
+    run.events.append("stage_start", name="sft", pid=os.getpid(), pid_started=1.0)
+    ahead = json.dumps({"t": 3e9, "kind": "log", "stage": "sft", "step": 3, "loss": 1.0})
+    with run.events_path.open("a") as log:
+        log.write(ahead + "\n")
+    run.lock_path.write_text(json.dumps({"pid": os.getpid(), "started": 1.0}))
+    assert status(run, run.state().end_status) == "crashed", "this process has the id, and is another"
+    from core.postmortem import post_mortem
+    from core.runs import summary
+
+    card = post_mortem(run, "crashed")
+    assert card and card.cause.kind in ("restarted", "vanished")
+    run.events.append("run_start", pid=1)
+    assert (summary(run)["duration_s"] or 0) >= 0
+    os.close(take_lock(run, 0.1))
