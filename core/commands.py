@@ -195,8 +195,25 @@ def dry_run(plan: Resolved, arguments: argparse.Namespace, notices: list[str]) -
         out.print(clean(notice), style="yellow", markup=False, highlight=False)
     for line in report["text"]:
         out.print(clean(line), markup=False, highlight=False)
+    for line in _ahead(plan.plan, report["stages"]):
+        out.print(clean(line, 400), markup=False, highlight=False)
     out.print("Nothing was started.", markup=False)
     return 0
+
+
+def _ahead(plan: Plan, stages: dict[str, Any]) -> list[str]:
+    """What follows training, and what everything together puts on the disk."""
+    from core.disk import disk_of, size_words
+
+    after = [stage for stage in plan.stages if stage not in plan.training_stages]
+    steps = {name: int(found["steps"]) for name, found in stages.items() if found.get("steps")}
+    disk = disk_of(plan, model_source(plan.model, lambda text: None, fetch=False), steps, runs_dir())
+    parts = [f"{what} {size_words(count)}" for what, count in disk.needed.items()]
+    parts += [f"{what}: not known yet" for what in disk.unknown]
+    return [
+        *([f"then: {', '.join(after)}"] if after else []),
+        f"disk: about {size_words(disk.total)} ({', '.join(parts)}), {size_words(disk.free)} free",
+    ]
 
 
 def fit(arguments: argparse.Namespace) -> int:

@@ -252,6 +252,7 @@ def test_detached_json_names_the_run_and_dry_run_makes_none(tiny_model: Path, ro
     dry = command(*words, "--dry-run")
     assert dry.returncode == 0, dry.stderr
     assert "20 examples" in dry.stdout and "Nothing was started" in dry.stdout and "nothing to download" in dry.stdout
+    assert "disk: about" in dry.stdout and "checkpoints and result" in dry.stdout
     loaded = command(*words, "--dry-run=load", "--json")
     assert json.loads(loaded.stdout)["stages"]["loaded"]["trainable"] > 0
     assert not (tmp_path / "runs").exists()

@@ -159,7 +159,7 @@ def test_what_would_fail_after_hours_of_training_is_refused_before_the_run_is_ma
     monkeypatch.setenv("HF_TOKEN", WRITE)
     usage = shutil.disk_usage("/")
     monkeypatch.setattr("core.outlook.shutil.disk_usage", lambda place: usage._replace(free=1000))
-    assert "What is made after training takes" in refused(*command, code=3)
+    assert "The run and what is made of it take" in refused(*command, code=3)
     monkeypatch.undo()
 
 
