@@ -85,8 +85,8 @@ def test_no_argument_of_the_command_line_comes_back_as_a_control(text: str, caps
         return
     for words in (
         ["show", text],
-        ["sft", "--set", text],
-        ["sft", "--local-file", text],
+        ["sft", "--dry-run", "--set", text],
+        ["sft", "--dry-run", "--local-file", f"no-such-{text}"],
         ["check", text, "--method", "sft"],
     ):
         try:
