@@ -79,6 +79,10 @@ def _help(targets: "list[Option]") -> str:
     return f"{targets[0].help}{unit}".replace("%", "%%")
 
 
+SOURCES = ("--local-file", "--dataset-name", "--model-name")
+"""Flags whose absence means the demo's own: an empty value must not start that."""
+
+
 def settings_of(arguments: argparse.Namespace, method: str) -> dict[str, tuple[Any, str]]:
     """What the command line sets, as dotted path to (value, source). Raises FinetuiError."""
     from core.config import parse_setting
@@ -91,6 +95,8 @@ def settings_of(arguments: argparse.Namespace, method: str) -> dict[str, tuple[A
         value = getattr(arguments, f"plan{flag}", None)
         if value is None:
             continue
+        if value == "" and flag in SOURCES:
+            raise FinetuiError(f"{flag} is empty.", "Give a value, or leave it out: an unset variable is easily empty.")
         if flag in ONE_STAGE_ONLY and len(targets) > 1:
             key = ONE_STAGE_ONLY[flag]
             raise FinetuiError(

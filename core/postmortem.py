@@ -63,7 +63,8 @@ class PostMortem:
     def lines(self, key: str) -> list[tuple[str, str]]:
         """The card below its title: (word, clean text). `key` is what applies the remedy, a key or a command."""
         found = [("what", self.what), *(("log", line) for line in self.evidence), ("memory", self.memory_words)]
-        found += [("cause", self.cause.cause), ("advice", self.cause.advice)]
+        resume_is_all = self.remedy is not None and self.cause.advice.startswith("Resume: ")
+        found += [("cause", self.cause.cause), ("advice", "" if resume_is_all else self.cause.advice)]
         if self.remedy:
             start = f"resumes from step {self.resumes_at}" if self.resumes_at else "begins the stage again"
             changes = f"{self.remedy.words}, and " if self.remedy.changes else ""
@@ -176,8 +177,6 @@ def _what(facts: Facts) -> str:
         parts.append(f"The process ended with {ended}.")
     if kills := _whole(facts.end.get("oom_kills")):
         parts.append(f"The kernel ended {kills} process{'es' if kills > 1 else ''} for lack of memory meanwhile.")
-    if not parts and facts.start:
-        parts.append("The log ends without an end: neither runner nor trainer could write one.")
     return " ".join(parts)
 
 

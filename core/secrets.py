@@ -52,6 +52,7 @@ def guard_output() -> None:
     guarded = {stream: cast(IO[str], _Guarded(stream)) for stream in (sys.stdout, sys.stderr)}
     for logger in [logging.getLogger(), *map(logging.getLogger, logging.root.manager.loggerDict)]:
         for handler in logger.handlers:  # libraries took their stream when they were imported
-            if isinstance(handler, logging.StreamHandler) and handler.stream in guarded:
-                handler.setStream(guarded[handler.stream])
+            stream = vars(handler).get("stream")  # others ask sys for it each time
+            if isinstance(handler, logging.StreamHandler) and stream in guarded:
+                handler.setStream(guarded[stream])
     sys.stdout, sys.stderr = guarded[sys.stdout], guarded[sys.stderr]

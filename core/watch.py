@@ -2,6 +2,7 @@
 
 import json
 import os
+import select
 import sys
 import time
 from collections.abc import Callable
@@ -80,12 +81,24 @@ def watched(run: Run, tail: EventTail, state: RunState, view: "_View", ask: bool
                 while alive:
                     alive = is_alive(run)
                     _catch_up(tail, state, view)
+                    if alive and hung_up():
+                        return False
                     if alive:
                         time.sleep(POLL_S)
             return True
         except KeyboardInterrupt:
             if not _go_on(run, ask):
                 return False
+
+
+def hung_up() -> bool:
+    """Whether what is printed reaches nobody any more: the terminal is gone, or the pipe's reader."""
+    try:
+        looked = select.poll()
+        looked.register(sys.stdout.fileno(), 0)
+        return any(found & (select.POLLHUP | select.POLLERR | select.POLLNVAL) for _, found in looked.poll(0))
+    except (AttributeError, OSError, ValueError):  # Windows; a stream that is no file
+        return False
 
 
 def _catch_up(tail: EventTail, state: RunState, view: "_View") -> None:

@@ -393,3 +393,8 @@ def test_a_length_limit_that_no_row_fits_is_refused_before_a_run_is_made(
     said = capsys.readouterr().err
     assert "max_length of 8 tokens leaves no row" in said and "Raise sft.max_length" in said
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("flag", ["--local-file", "--dataset-name", "--model-name"])
+def test_an_empty_source_is_refused_and_starts_no_demo(refused: Any, flag: str) -> None:
+    assert f"{flag} is empty." in refused("sft", flag, "", "--dry-run")

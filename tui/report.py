@@ -140,7 +140,10 @@ def end_words(snapshot: Snapshot) -> Content:
             )
     lines += made_words(snapshot.state, str(snapshot.run.path))
     lines += card_words(snapshot)
-    if snapshot.status in ("failed", "crashed", "stopped", "aborted") and not isinstance(snapshot.run, Recording):
+    told = snapshot.card is not None and snapshot.card.remedy is not None
+    if snapshot.status in ("failed", "crashed", "stopped", "aborted") and not (
+        told or isinstance(snapshot.run, Recording)
+    ):
         lines.append(Content.assemble("r goes on from the newest checkpoint, l shows the log."))
     return Content("\n").join(lines)
 

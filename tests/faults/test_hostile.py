@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -85,8 +86,8 @@ def test_no_argument_of_the_command_line_comes_back_as_a_control(text: str, caps
         return
     for words in (
         ["show", text],
-        ["sft", "--set", text],
-        ["sft", "--local-file", text],
+        ["sft", "--dry-run", "--set", text],
+        ["sft", "--dry-run", "--local-file", f"no-such-{text}"],
         ["check", text, "--method", "sft"],
     ):
         try:
@@ -350,3 +351,22 @@ def test_a_line_longer_than_any_event_is_passed_over_and_what_stands_around_it_i
             log.write(b"\n" + event(5))
         assert [one["number"] for _ in range(6) for one in tail.read(limit)] == [5]
         os.truncate(path, path.stat().st_size - 1 - len(event(5)))
+
+
+def test_a_guarded_process_prints_no_token_whoever_prints_it(tmp_path: Path) -> None:
+    import subprocess
+
+    code = (
+        "import logging, os, sys, warnings\n"
+        "early = logging.getLogger('early'); early.addHandler(logging.StreamHandler())\n"
+        "logging.getLogger('last').addHandler(logging._StderrHandler())\n"
+        "from core.secrets import guard_output\n"
+        "guard_output(); token = os.environ['HF_TOKEN']\n"
+        "print(token); early.error(token); logging.getLogger('last').error(token); logging.error(token)\n"
+        "sys.stderr.writelines([token]); warnings.warn(token); print(sys.stdout.isatty(), sys.stdout.encoding)\n"
+        "raise RuntimeError(token)\n"
+    )
+    environment = {**os.environ, **TOKENS, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    said = done.stdout + done.stderr
+    assert "RuntimeError" in said and said.count("‹secret›") >= 6 and not holds_token(said)

@@ -12,7 +12,7 @@ import pytest
 from conftest import MakeNamed
 
 from core import doctor, gpu
-from core.runs import Run
+from core.runs import Run, take_lock
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -120,3 +120,26 @@ def test_a_run_on_a_windows_disk_is_warned_of_before_it_starts(monkeypatch: pyte
     assert "Windows" in doctor.windows_disk(tmp_path) or "/mnt/c" in doctor.windows_disk(tmp_path)
     monkeypatch.setattr(doctor, "_disk_kind", lambda folder: "ext4")
     assert doctor.windows_disk(tmp_path) == ""
+
+
+def test_a_watcher_whose_terminal_is_gone_without_a_signal_ends(named: MakeNamed) -> None:
+    run = named("living")
+    run.events.append("run_start", pid=1)
+    run.events.append("stage_start", name="sft")
+    lock = take_lock(run)
+    master, slave = pty.openpty()
+    watcher = subprocess.Popen(
+        [sys.executable, "-P", "-m", "core.cli", "watch", "living", "--runs-dir", str(run.path.parent)],
+        stdin=slave, stdout=slave, stderr=slave, start_new_session=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    os.close(slave)
+    try:
+        seen = b""
+        while b"SFT" not in seen:
+            seen += os.read(master, 65536)
+        os.close(master)
+        watcher.wait(30)
+    finally:
+        watcher.kill()
+        watcher.wait()
+        os.close(lock)
