@@ -12,6 +12,7 @@ from pathlib import Path
 from core.errors import FinetuiError
 from core.memory import GIB, shape_in
 from core.outlook import export_bytes
+from core.paths import cache_dir, nearest
 from core.plan import Plan
 from core.sources import DEMO_MODEL, ModelSource, model_folder
 
@@ -57,27 +58,20 @@ def disk_of(plan: Plan, source: ModelSource, steps: Mapping[str, int], folder: P
     if exports is None:
         unknown.append("export")
     needed |= exports or {}
-    return Disk(needed, tuple(unknown), shutil.disk_usage(_there(folder)).free)
-
-
-def _there(folder: Path) -> Path:
-    """The folder, or the nearest one above it that is there."""
-    return next(part for part in (folder, *folder.parents) if part.exists())
+    return Disk(needed, tuple(unknown), shutil.disk_usage(nearest(folder)).free)
 
 
 def refuse_small_disk(plan: Plan, source: ModelSource, steps: Mapping[str, int], folder: Path) -> None:
     """Refuse, before step 0, what the disk under `folder` cannot hold. Raises FinetuiError with exit code 3."""
-    from core.paths import cache_dir
-
     found = disk_of(plan, source, steps, folder)
     needed = dict(found.needed)
-    if os.stat(_there(cache_dir())).st_dev != os.stat(_there(folder)).st_dev:
+    if os.stat(nearest(cache_dir())).st_dev != os.stat(nearest(folder)).st_dev:
         needed = {what: count for what, count in needed.items() if what not in CACHED}
     if sum(needed.values()) > found.free:
         words = ", ".join(f"{what} {size_words(count)}" for what, count in needed.items())
         raise FinetuiError(
             f"The run and what is made of it take about {size_words(sum(needed.values()))} ({words}); "
-            f"{size_words(found.free)} are free in {_there(folder)}.",
+            f"{size_words(found.free)} are free in {nearest(folder)}.",
             "Free some space, choose another --runs-dir, keep fewer checkpoints (save_total_limit), or export less.",
             exit_code=3,
         )

@@ -26,7 +26,7 @@ from rich.text import Text
 
 from core import gguf_tools, smollm
 from core.gpu import GpuReport, gpu_report, in_wsl
-from core.paths import cache_dir, runs_dir
+from core.paths import cache_dir, nearest, runs_dir
 
 Status = Literal["ok", "note", "warn", "fail"]
 COLOUR: dict[Status, str] = {"ok": "green", "note": "cyan", "warn": "yellow", "fail": "bold red"}
@@ -205,7 +205,7 @@ def _disks(report: GpuReport) -> Iterator[Check]:
 
 
 def _disk(name: str, folder: Path, enough_gb: int, why: str, advice: str) -> Check:
-    there = next(path for path in (folder, *folder.parents) if path.exists()).resolve()
+    there = nearest(folder).resolve()
     kind = _disk_kind(there)
     free = shutil.disk_usage(there).free / GB
     text = f"{folder}: {free:.1f} GB free"
@@ -228,7 +228,7 @@ def _disk_kind(folder: Path) -> str:
 
 def windows_disk(folder: Path) -> str:
     """What is wrong with runs on a disk of Windows, under WSL2; empty for any other disk."""
-    there = next(path for path in (folder, *folder.parents) if path.exists()).resolve()
+    there = nearest(folder).resolve()
     if not in_wsl() or _disk_kind(there) not in WINDOWS_DISKS:
         return ""
     return "a Windows disk, slow from Linux, and its file locks (which tell if a run is alive) may not hold."

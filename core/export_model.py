@@ -33,7 +33,7 @@ from core.errors import FinetuiError
 from core.export_merge import Adapter, MergePlan, plan_merge, write_merged
 from core.export_weights import BaseWeights
 from core.lineage import lineage_of
-from core.paths import writing_whole
+from core.paths import nearest, writing_whole
 from core.plan import Plan
 from core.reporter import Reporter, Stopped
 from core.runs import Run
@@ -138,7 +138,7 @@ def _room_to_fetch(base: BaseModel, plan: Plan, run: Run) -> None:
         from huggingface_hub.constants import HF_HUB_CACHE
 
         cache = Path(HF_HUB_CACHE)
-        place = next(folder for folder in (cache, *cache.parents) if folder.exists())
+        place = nearest(cache)
         shared = os.stat(place).st_dev == os.stat(run.path).st_dev
         room_on_disk(place, 2 * parameters * (2 if shared else 1))
 

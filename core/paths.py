@@ -69,3 +69,8 @@ def writing_whole(path: Path, mode: str = "w") -> Iterator[IO]:
         if temporary is not None:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
+
+
+def nearest(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there as far as this user may look."""
+    return next(part for part in (folder, *folder.parents) if os.path.exists(part))
