@@ -152,6 +152,13 @@ def _labels(look: Look) -> Iterator[Finding]:
         elif reason.startswith("plain text"):
             words = f"{rows(count)} left out: {reason}."
             yield Finding("plain text", MEND, count, words, "Use SFT.", look.places(mask))
+    none, good = (look.used & (look.labels == code) for code in (-1, 1))
+    if not look.kto and (count := int(none.sum())) and (labelled := int(good.sum())):
+        fewer = none if count <= labelled else good
+        yield Finding(
+            "unlabelled", KNOW, count, f"{rows(count)} without a label beside {labelled:,} labelled true.",
+            "SFT learns from both. Make sure that the unlabelled ones hold no bad answers.", look.places(fewer),
+        )  # fmt: skip
     for source in ledger.sources:
         survey = source.survey
         read = [number for number, words in enumerate(survey.repairs) if words.startswith("label ")]

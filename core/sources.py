@@ -17,7 +17,7 @@ from typing import Any
 
 from core.errors import FinetuiError
 from core.paths import cache_dir, runs_dir
-from core.plan import DataPlan, ModelPlan
+from core.plan import DataPlan, ModelPlan, Plan
 
 DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -210,3 +210,10 @@ def hub_reason(error: BaseException) -> str:
         "OfflineModeIsEnabled": "offline mode is on and it is not in the cache",
     }
     return words.get(type(error).__name__, f"the Hub cannot be reached ({type(error).__name__})")
+
+
+def is_untuned(plan: Plan) -> bool:
+    """Whether KTO would start from a model that was not tuned here."""
+    name = plan.model.name
+    tuned = name.startswith("run:") or (Path(name) / "adapter_config.json").is_file()
+    return plan.method == "kto" and not tuned

@@ -320,33 +320,33 @@ class DataRoom(VerticalScroll, can_focus=True):
     def _head(self) -> Content:
         here = self.here
         parts: list[Any] = [(f"{self.stage.upper()} ", "bold")] if len(self.stages) > 1 else []
+        outside = not self.has_focus and self.size.width >= WIDE
+        aside: list[Any] = [("   Tab", "bold"), (" goes in", MUTED)] if outside else []
         for number, name in enumerate(VIEWS):
             count = f" {len(here.findings)}" if number == FINDINGS and here.findings else ""
             mark = f" {number + 1} {name}{count} "
             parts.append((mark, "bold reverse" if number == self.view else MUTED))
         if self.view == ROWS and here.row and here.words is None:
-            parts += ["  ", row_head(self.stage, here.row)]
-            if not self.has_focus and self.size.width >= WIDE:
-                parts += [("   Tab", "bold"), (" looks closer", MUTED)]
+            parts += [*aside, "\n ", row_head(self.stage, here.row)]
         elif self.view == FINDINGS and here.findings:
             parts.append(f"  {tally(here.findings)}")
         return Content.assemble(*parts)
 
     def _body(self) -> Content:
         here = self.here
-        width = max(self.content_size.width or self.size.width, 20)
+        width = max(self.scrollable_content_region.width or self.size.width, 20)
         if self.view == ROWS:
             if here.words is not None:
                 return here.words
             return row_words(self.stage, here.row) if here.row else Content("")
         if self.view == FINDINGS and here.look:
             here.finding = min(here.finding, max(len(here.findings) - 1, 0))
-            return findings_words(here.findings, here.finding, bool(here.look["whole"]), width)
+            return findings_words(here.findings, here.finding, bool(here.look["whole"]), width, self.size.height - 2)
         if self.view == LENGTHS and here.count:
             height = max(2, min(self.size.height - 9, 10))
             return lengths_words(here.count, here.limit or None, here.limit_at, here.kept_limit, width, height)
         if self.view == CONTENTS and here.look:
-            return contents_words(here.look, self.stage, width)
+            return contents_words(here.look, here.count, self.stage, width)
         if self.view == CONTENTS and here.hub:
             return hub_rows(here.hub)
         return here.words if here.words is not None else Content.styled("○ not known yet", MUTED)

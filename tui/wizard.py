@@ -17,7 +17,7 @@ from core import runner
 from core.commands import preflight
 from core.config import save_plan
 from core.errors import FinetuiError
-from core.lens import Lens
+from core.lens import Lens, Reply
 from core.plan import Plan
 from core.runs import Run, create_run
 from core.text import clean
@@ -331,10 +331,7 @@ class WizardScreen(Room[Run | None]):
     @on(LookSaid)
     def look_said(self, event: LookSaid) -> None:
         if event.stage == LEDGER_SLOT:
-            if "error" in event.said:
-                self.notify(clean(event.said["error"], 300), severity="error", markup=False)
-            elif "saved" in event.said:
-                self.notify(clean(event.said["saved"], 300), title="Saved", markup=False)
+            self.ledger_saved(event.said, event.said.get("saved", ""))
             return
         known = self.inspection.heard(event, self.room)
         self.report_rows()
@@ -362,7 +359,9 @@ class WizardScreen(Room[Run | None]):
 
     @on(LensSaid)
     def lens_said(self, event: LensSaid) -> None:
-        if self.inspection.answered(event, self.plan, self.room):
+        if event.slot == LEDGER_SLOT:
+            self.ledger_saved(event.reply, event.reply["key"])
+        elif self.inspection.answered(event, self.plan, self.room):
             self.report_rows()
             self.show_counts()
 
@@ -412,9 +411,18 @@ class WizardScreen(Room[Run | None]):
         self.look_closer()
 
     def save_ledger(self, stage: str, name: str | None) -> None:
-        """Have every row of a stage written with its fate, as far as it goes before anything is tokenised."""
+        """Have every row of a stage written with its fate."""
         if name and self.plan:
-            self.inspection.save_ledger(self.plan, stage, Path(name).expanduser().absolute())
+            try:
+                self.inspection.save_ledger(self.plan, stage, Path(name).expanduser().absolute())
+            except FinetuiError as error:
+                self.notify(clean(error, 300), severity="error", markup=False)
+
+    def ledger_saved(self, said: Reply, path: str) -> None:
+        if "error" in said:
+            self.notify(clean(said["error"], 300), severity="error", markup=False)
+        elif path:
+            self.notify(clean(path, 300), title="Saved", markup=False)
 
     @work(thread=True, group="start", exit_on_error=False)
     def start(self) -> None:
