@@ -14,7 +14,8 @@ SHORT = (
     (label_reason("sft", False, False, False), "answers marked bad"),
     (label_reason("kto", None, False, False), "unlabelled"),
     ("no assistant turn", "without an answer"), ("an assistant turn is empty", "with an empty answer"),
-    ("broken JSON", "broken JSON"), ("no conversation found", "in no shape that is known"),
+    ("broken JSON", "broken JSON"), ("the label", "with a label that is none"),
+    ("no conversation found", "in no shape that is known"),
     (TOO_LONG, "too long"), (DUPLICATE, "repeats of an earlier row"), (BEYOND, "beyond max_rows"),
     (NOT_DRAWN, "not drawn by the file's weight"),
 )  # fmt: skip
@@ -62,8 +63,7 @@ def number(count: int, word: str) -> str:
 def _answers(labels: Mapping[str, int], stage: str) -> str:
     good, bad, none = (labels.get(key, 0) for key in ("true", "false", "none"))
     if stage == "kto" or bad:
-        return ", ".join(words for words in (f"{good:,} good answers", f"{bad:,} bad", none and f"{none:,} unlabelled")
-                         if words)  # fmt: skip
+        return f"{number(good, 'good answer')}, {bad:,} bad{f', {none:,} unlabelled' if none else ''}"
     return ""
 
 

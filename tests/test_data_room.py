@@ -52,7 +52,7 @@ async def test_a_finding_leads_to_its_rows_and_back(
         await pilot.press("2")
         text = await shows(pilot, "1 row left out: no assistant turn.", "1 row holds tool calls whose arguments")
         assert "▸ " in text and "→ " in text
-        while "▸ !  1 row holds tool calls" not in body(app):
+        while "▸ !  mend   1 row holds tool calls" not in body(app):
             await pilot.press("down")
         assert "t: the arguments are not JSON" in body(app) and "line 33" in body(app)
         await pilot.press("enter")
@@ -69,7 +69,7 @@ async def test_the_limit_is_moved_tried_and_kept(
     async with app.run_test(size=(120, 40)) as pilot:
         pane = await known(pilot, app)
         await pilot.press("3")
-        await shows(pilot, "Tokens a row", "limit 500 ▶", "At 500: 15 rows fit", "Answers", "Batches", "Epoch")
+        await shows(pilot, "Tokens a row", "limit 500 ▶", "At 500: 15 rows fit", "Answers", "rows end to end", "Epoch")
         longest = pane.here.count["shape"]["row_percentiles"]["100"]
         while pane.here.limit_at >= longest - 20:
             await pilot.press("left")
@@ -133,11 +133,19 @@ async def test_columns_are_told_and_remembered_in_draft_plan_and_command(
         app.screen.query_one("#column-prompt", Input).value = "frage"
         app.screen.query_one("#column-completion", Input).value = "antwort"
         await pilot.press("enter")
-        await shows(pilot, "✔ 6 rows, 6 examples")
+        await shows(pilot, "✔ 6 rows: all ")
         await until(pilot, lambda: room(app).here.row)
         await until(pilot, lambda: "q0" in body(app))
     draft = load_draft(tmp_path / "draft.json")
     assert draft and draft.data["sft"].columns == {"prompt": "frage", "completion": "antwort"}
+    other = rows_file([{"frage": "q", "antwort": "a"}], "other.jsonl")
+    app = WizardApp(draft_of("sft", tiny_model, other), tmp_path)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await shows(pilot, "✘", "no usable row for SFT")
+        app.wizard.query_one("PathLine.file", Input).value = str(path)
+        await shows(pilot, "✔ 6 rows: all ")
+        app.wizard.query_one("PathLine.file", Input).value = str(other)
+        await shows(pilot, "✘", "no usable row for SFT")
     assert "sft.data.columns" in command_line(draft)
     from tui.draft import checked
 
@@ -216,7 +224,7 @@ async def test_a_hub_set_is_looked_at_and_fetched_on_demand(
             assert "Question 0" in body(app)
             room(app).focus()
             await pilot.press("f")
-            await shows(pilot, "✔ 30 rows, 15 examples")
+            await shows(pilot, "✔ 30 rows: 15 ")
             assert any(path.endswith("a/train.jsonl") for path in hub.asked)
 
 

@@ -107,14 +107,14 @@ async def test_a_labelled_row_shows_prompt_completion_and_label_and_space_goes_t
         await shows(pilot, "SFT  1 Rows", "row 1 of 20")
         app.wizard.query_one(DataRoom).focus()
         await pilot.press("space")
-        await shows(pilot, "KTO  1 Rows", "row 1 of 40", "✔ true", "prompt", "completion, labelled true")
+        await shows(pilot, "KTO  1 Rows", "row 1 of 40", "✔ good answer", "(prompt)", "completion, labelled true")
         await pilot.press("shift+right")
         await shows(pilot, "row 26 of 40")
-        while "✘ false" not in frame(app):
+        while "✘ bad answer" not in frame(app):
             at = app.wizard.query_one(DataRoom).here.at
             await pilot.press("left")
             await shows(pilot, f"row {at} of 40")
-        await shows(pilot, "✘ false", "labelled false")
+        await shows(pilot, "✘ bad answer", "labelled false")
 
 
 async def test_what_is_left_out_by_length_says_so(

@@ -21,7 +21,7 @@ from core.lens import Lens, Reply
 from core.plan import Plan
 from core.runs import Run, create_run
 from core.text import clean
-from tui.completion import remember
+from tui.completion import remember, remember_columns
 from tui.data_page import ColumnsScreen, DataPage
 from tui.data_room import DataRoom
 from tui.dialogs import Ask
@@ -401,7 +401,9 @@ class WizardScreen(Room[Run | None]):
 
     def take_columns(self, stage: str, found: dict[str, str] | None) -> None:
         if found is not None and found != self.draft.data[stage].columns:
-            self.draft.data[stage] = self.draft.data[stage].model_copy(update={"columns": found})
+            rows = self.draft.data[stage] = self.draft.data[stage].model_copy(update={"columns": found})
+            with contextlib.suppress(FinetuiError):
+                remember_columns(rows)
             self.rows_wanted(DataPage.Wanted(stage))
             self.edited()
 
