@@ -84,6 +84,13 @@ async def test_the_limit_is_moved_tried_and_kept(
         await until(pilot, lambda: any(entry["kind"] == "too long" for entry in pane.here.findings))
         await pilot.press("shift+right", "shift+right", "shift+right")
         assert pane.here.limit_at >= longest
+        text = app.wizard.query_one("#preview-text")
+        await pilot.mouse_down(text, offset=(30, 3))
+        first = await until(pilot, lambda: pane.here.limit_at < longest and pane.here.limit_at)
+        await pilot.hover(text, offset=(30, 20))
+        pointer = next(line.index("▲") for line in body(app).splitlines() if "▲" in line)
+        assert abs(pointer - 30) <= 3 and pane.here.limit_at == first
+        await until(pilot, lambda: pane.here.limit and pane.here.limit["at"] == first)
     assert load_draft(tmp_path / "draft.json").values["sft.max_length"] == str(tried)  # type: ignore[union-attr]
 
 

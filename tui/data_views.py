@@ -223,9 +223,16 @@ def histogram_lines(histogram: Reply, at: int, width: int, height: int) -> tuple
                 marks[place] = letter
     step = edges[1] - edges[0]
     place, words = min(round(at / step * wide), len(counts) * wide), f"limit {at:,}"
-    behind = place + len(words) + 2 < width
+    behind = place + len(words) + 2 < width and at <= edges[-1]
     pointer = " " * place + f"▲ {words}" if behind else f"{words} ▶".rjust(place + 1)
     return bars, [Content.styled(f" {''.join(marks).rstrip()}", MUTED), Content.styled(f" {pointer}", "$text-accent")]
+
+
+def tokens_at(histogram: Reply, column: int, width: int) -> int:
+    """The tokens that stand at a column of the histogram, from 0 at its left edge."""
+    counts, edges = fewer(histogram["counts"], histogram["edges"], width)
+    wide = max(1, min(4, width // max(len(counts), 1)))
+    return round(edges[1] * max(0, min(column, len(counts) * wide)) / wide)
 
 
 def fewer(counts: Sequence[int], edges: Sequence[int], most: int) -> tuple[list[int], list[int]]:
