@@ -11,7 +11,7 @@ from core.data_rows import label_reason
 
 SHOWN = 3
 SHORT = (
-    (label_reason("sft", False, False, False), "answers marked bad"),
+    (label_reason("sft", False, False, False), "marked bad"),
     (label_reason("kto", None, False, False), "unlabelled"),
     ("no assistant turn", "without an answer"), ("an assistant turn is empty", "with an empty answer"),
     ("broken JSON", "broken JSON"), ("the label", "with a label that is none"),

@@ -89,7 +89,7 @@ def padded_share(batches: "list[numpy.ndarray]") -> float:
 
 def batch_words(shape: Mapping[str, Any]) -> str:
     """How well batches are filled, as they are made and as they might be."""
-    packed = f"packed to the limit {shape['packed']:.0%}"
+    packed = f"packed {shape['packed']:.0%}"
     if shape["padding_free"] == "off":
         return f"padded to the longest row of each: {shape['padded']:.0%} full ({packed})"
     return f"rows end to end, no padding (padded {shape['padded']:.0%} full, {packed})"

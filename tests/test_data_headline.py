@@ -39,6 +39,7 @@ def number_in(pattern: str, words: str) -> int:
 @pytest.mark.parametrize("method", ["sft", "kto"])
 def test_the_sentences_add_up_to_every_real_file(make_run: MakeRun, path: Path, method: str) -> None:
     settings = {f"{method}__data__file": str(path), f"{method}__data__holdout": 0.1, f"{method}__max_length": 500}
+    settings |= {"kto__max_prompt_length": 400} if method == "kto" else {}
     try:
         rows, left_out, count = told(make_run(method, **settings).plan(), method)
     except FinetuiError as error:
@@ -61,12 +62,12 @@ def test_labels_pairs_and_weights_are_told_in_plain_words(make_run: MakeRun, row
     path = str(rows_file(rows, "own.jsonl"))
     words, left_out, _ = told(make_run("kto", kto__data__file=path).plan(), "kto")
     assert words == "5 rows: 3 will be learned from (2 good answers, 2 bad, 4 examples an epoch)."
-    assert left_out == "2 left out: 1 without an answer, 1 unlabelled."
+    assert left_out == "2 left out: 1 unlabelled, 1 without an answer."
     plan = make_run("kto", name="two", kto__data__file=path, kto__data__files={more: 2}).plan()
     assert told(plan, "kto")[0] == "11 rows: 9 will be learned from (8 good answers, 8 bad, 16 examples an epoch)."
     words, left_out, _ = told(make_run("sft", name="three", sft__data__file=path).plan(), "sft")
     assert words == "5 rows: 3 will be learned from."
-    assert left_out == "2 left out: 1 without an answer, 1 answers marked bad."
+    assert left_out == "2 left out: 1 marked bad, 1 without an answer."
 
 
 def test_a_sample_is_called_about_right(make_run: MakeRun, rows_file: WriteRows, monkeypatch: Any) -> None:

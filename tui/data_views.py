@@ -205,7 +205,7 @@ def percentile_words(found: Mapping[str, int]) -> str:
 def histogram_lines(histogram: Reply, at: int, width: int, height: int) -> tuple[list[Content], list[Content]]:
     """Bars over a scale in tokens; what lies beyond the limit `at` is drawn light, and the limit marked below."""
     counts, edges = fewer(histogram["counts"], histogram["edges"], width)
-    wide = max(1, min(4, width // max(len(counts), 1)))
+    columns = columns_of(counts, width)
     most = max([*counts, 1])
     bars: list[Content] = []
     for level in range(height, 0, -1):
@@ -214,15 +214,15 @@ def histogram_lines(histogram: Reply, at: int, width: int, height: int) -> tuple
             fill = count / most * height - (level - 1)
             step = 0 if not count else max(0, min(8, round(fill * 8)))
             glyph = EIGHTHS[max(step, 1 if count and level == 1 else 0)]
+            wide = (number + 1) * columns // len(counts) - number * columns // len(counts)
             parts.append((glyph * wide, MUTED if edges[number] >= at else "$text-primary"))
         bars.append(Content.assemble(" ", *parts))
-    marks = [" "] * (len(counts) * wide + 12)
-    for number in range(0, len(edges), max(1, round_up(12 / wide))):
-        for place, letter in enumerate(f"{edges[number]:,}", number * wide):
+    marks = [" "] * (columns + 12)
+    for number in range(0, len(edges), max(1, round_up(12 * len(counts) / columns))):
+        for place, letter in enumerate(f"{edges[number]:,}", number * columns // len(counts)):
             if place < len(marks):
                 marks[place] = letter
-    step = edges[1] - edges[0]
-    place, words = min(round(at / step * wide), len(counts) * wide), f"limit {at:,}"
+    place, words = min(round(at / edges[-1] * columns), columns), f"limit {at:,}"
     behind = place + len(words) + 2 < width and at <= edges[-1]
     pointer = " " * place + f"▲ {words}" if behind else f"{words} ▶".rjust(place + 1)
     return bars, [Content.styled(f" {''.join(marks).rstrip()}", MUTED), Content.styled(f" {pointer}", "$text-accent")]
@@ -231,8 +231,13 @@ def histogram_lines(histogram: Reply, at: int, width: int, height: int) -> tuple
 def tokens_at(histogram: Reply, column: int, width: int) -> int:
     """The tokens that stand at a column of the histogram, from 0 at its left edge."""
     counts, edges = fewer(histogram["counts"], histogram["edges"], width)
-    wide = max(1, min(4, width // max(len(counts), 1)))
-    return round(edges[1] * max(0, min(column, len(counts) * wide)) / wide)
+    columns = columns_of(counts, width)
+    return round(edges[-1] * max(0, min(column, columns)) / columns)
+
+
+def columns_of(counts: Sequence[int], width: int) -> int:
+    """Columns that a histogram takes: all there are, but no more than four for a bar."""
+    return max(min(len(counts) * 4, width), 1)
 
 
 def fewer(counts: Sequence[int], edges: Sequence[int], most: int) -> tuple[list[int], list[int]]:
