@@ -34,6 +34,12 @@ def body(app: WizardApp) -> str:
     return app.wizard.query_one("#preview-text").content.plain  # type: ignore[attr-defined]
 
 
+def chosen(app: WizardApp) -> list[str]:
+    """The views that are marked as the one shown."""
+    head = app.wizard.query_one("#preview-head").content  # type: ignore[attr-defined]
+    return [head.plain[span.start : span.end].strip() for span in head.spans if "reverse" in str(span.style)]
+
+
 async def known(pilot: Any, app: WizardApp) -> DataRoom:
     """Wait until rows and tokens of the stage shown are known, and go into the room."""
     await until(pilot, lambda: room(app).here.row and room(app).here.count and room(app).here.look.get("whole"))
@@ -60,6 +66,13 @@ async def test_a_finding_leads_to_its_rows_and_back(
         assert "oops" in body(app) and room(app).view == 0
         await pilot.press("2", "up", "up", "up", "up")
         assert "▸ " in body(app).splitlines()[0]
+        while "▸ !  mend   1 row left out: no assistant turn." not in body(app):
+            await pilot.press("down")
+        await pilot.press("enter")
+        await until(pilot, lambda: room(app).here.row["line"] == 31)
+        assert body(app).startswith("! left out: no assistant turn\nAs it is written:\n{")
+        assert USER["content"] in body(app)
+        await shows(pilot, "line 31: not learned from")
 
 
 async def test_the_limit_is_moved_tried_and_kept(
@@ -120,8 +133,11 @@ async def test_contents_tell_labels_turns_tools_and_columns(
         await pilot.press("4")
         await shows(pilot, "rows.jsonl  JSONL, 31 rows", "conversations → turns, label → label", "not used: source",
                     "16 good", "16 rows: user, assistant", "set_it 1")  # fmt: skip
+        assert chosen(app) == ["4 Contents"]
         await pilot.press("space")
         await shows(pilot, "KTO  1 Rows", "16 good", "15 bad", "weights 1 and 1")
+        await pilot.press("3")
+        assert chosen(app) == ["3 Lengths"]
 
 
 async def test_columns_are_told_and_remembered_in_draft_plan_and_command(
