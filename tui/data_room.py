@@ -20,6 +20,7 @@ from core.plan import Plan
 from core.text import clean
 from tui.data_views import (
     MUTED,
+    ROW_HELP,
     contents_words,
     findings_words,
     hub_rows,
@@ -34,7 +35,7 @@ from tui.data_views import (
 from tui.widgets import Words
 
 VIEWS = ("Rows", "Findings", "Lengths", "Contents")
-WIDE, BESIDE, SIDE = 100, 110, 42
+WIDE, HIGH, BESIDE, SIDE = 100, 18, 110, 42
 ROWS, FINDINGS, LENGTHS, CONTENTS = range(4)
 
 
@@ -360,6 +361,8 @@ class DataRoom(VerticalScroll, can_focus=True):
             parts.append((mark, "bold reverse" if number == self.view else MUTED))
         if self.view == ROWS and here.row and here.words is None:
             parts += [*aside, "\n ", row_head(self.stage, here.row)]
+            if self.size.height >= HIGH:
+                parts += ["\n ", ROW_HELP]
         elif self.view == FINDINGS and here.findings:
             parts.append(f"  {tally(here.findings)}")
         return Content.assemble(*parts)

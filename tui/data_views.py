@@ -31,6 +31,11 @@ PARTS = {
     "context": "text below the prompt", "history": "earlier turns", "system": "system prompt",
 }  # fmt: skip
 Reply = Mapping[str, Any]
+ROW_HELP = Content.assemble(
+    ("underlined", TRAINED), (": what it learns to say; ", MUTED), ("<|…|>", SPECIAL),
+    (": marks of the chat template", MUTED),
+)  # fmt: skip
+"""How a row is read, where there is room for it."""
 
 
 # --- rows ---

@@ -86,7 +86,7 @@ async def take(folder: Path, out: Path) -> None:
         await until(pilot, "KTO margin", "44/72")
         save("dashboard")
         await pilot.press("escape", "n", "enter", "enter")
-        await until(pilot, "480 rows", "tool_call")
+        await until(pilot, "480 rows: all will be", "320 rows: all will be", "tool_call", "Tokens a row")
         save("data")
         await pilot.press("enter", "enter")
         await until(pilot, "ready", "finetui demo")
