@@ -16,6 +16,8 @@ SHORT = (
     ("no assistant turn", "without an answer"), ("an assistant turn is empty", "with an empty answer"),
     ("broken JSON", "broken JSON"), ("the label", "with a label that is none"),
     ("no conversation found", "in no shape that is known"),
+    ("unknown role", "with an unknown role"), ("not UTF-8", "not UTF-8"), ("a row must be", "no JSON object"),
+    ("a turn has neither", "with an empty turn"), ("the row has more cells", "with too many cells"),
     (TOO_LONG, "too long"), (DUPLICATE, "repeats of an earlier row"), (BEYOND, "beyond max_rows"),
     (NOT_DRAWN, "not drawn by the file's weight"),
 )  # fmt: skip

@@ -33,6 +33,7 @@ from core.sources import DEMO_MODEL, data_sources, model_source
 from core.train_model import load_tokenizer
 from core.train_segments import segments, token_list, turn_list
 
+ALL_GONE = "No row is left after tokenising: "
 SAMPLE, WRITTEN_BYTES = 1000, 8000
 EXACT = 4000
 """Conversations up to which all are tokenised for a count; of more an even sample, unless the cache has them all."""
@@ -266,7 +267,7 @@ def shown(template: Template, limits: Limits, row: Conversation, *, ids: bool = 
         tokens = ledger.examples[0].tokens
         reply["cut"] = sum(over for _, over in ledger.cut)
     except FinetuiError as refused:
-        reply["left_out"] = refused.message
+        reply["left_out"] = refused.message.removeprefix(ALL_GONE)
         try:
             tokens = template.tokenize(row.messages, row.tools, only_last=limits.method == "kto")
         except TemplateError as error:

@@ -126,7 +126,7 @@ async def test_what_is_left_out_by_length_says_so(
         await shows(pilot, "row 1 of 2", "trained")
         app.wizard.query_one(DataRoom).focus()
         await pilot.press("right")
-        await shows(pilot, "row 2 of 2", "left out: No row is left after tokenising: longer than", "not trained")
+        await shows(pilot, "row 2 of 2", "left out: longer than", "not learned from")
 
 
 async def test_hostile_rows_change_nothing_on_the_terminal(
@@ -137,7 +137,7 @@ async def test_hostile_rows_change_nothing_on_the_terminal(
     draft = draft_of("kto", tiny_model, rows_file(rows), kto__max_length="1024", kto__max_prompt_length="512")
     app = WizardApp(draft, tmp_path)
     async with app.run_test(size=(80, 24)) as pilot:
-        await shows(pilot, "3 rows, 2 examples")
+        await shows(pilot, "3 rows: 2 ")
         await until(pilot, lambda: "[INST]" in app.wizard.query_one("#preview-text").content.plain)  # type: ignore[attr-defined]
         app.wizard.query_one(DataRoom).focus()
         await pilot.press("down")

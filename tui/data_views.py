@@ -388,7 +388,7 @@ def summary(look: Reply, count: Reply | None, stage: str) -> Content:
         return Content.assemble(wrong, f" {clean(problem['advice'], 300)}")
     told = headline(look, count, stage)
     lines = [Content.assemble(("✔ ", "$text-success"), told.rows)]
-    below: list[Any] = [(f"  {told.left_out}", "$text-warning")] if told.left_out else []
+    below: list[Any] = [(f"  {clean(told.left_out, 400)}", "$text-warning")] if told.left_out else []
     weighty = [entry for entry in [*look["findings"], *(count or {}).get("findings", [])] if entry["weight"] < 2]
     if weighty:
         heaviest = order(weighty)[0]
