@@ -33,7 +33,7 @@ PARTS = {
 Reply = Mapping[str, Any]
 ROW_HELP = Content.assemble(
     ("underlined", TRAINED), (": what it learns to say; ", MUTED), ("<|…|>", SPECIAL),
-    (": marks of the chat template", MUTED),
+    (": the template's marks", MUTED),
 )  # fmt: skip
 """How a row is read, where there is room for it."""
 
