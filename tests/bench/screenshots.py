@@ -62,7 +62,7 @@ def in_kto(step: int) -> Callable[[Any], bool]:
 
 async def until(pilot: Pilot[Any], *words: str) -> None:
     """Wait until the screen shows these words."""
-    for _ in range(500):
+    for _ in range(3000):
         await pilot.pause(0.04)
         text = pilot.app.export_screenshot().replace("&#160;", " ")
         if all(word.replace("&", "&amp;") in text for word in words):
