@@ -16,6 +16,29 @@ from core.data_rows import TEXT_ROLE, RowError, conversations_of, label_reason, 
 from core.errors import FinetuiError
 
 MASK = 2**64 - 1
+ROW_HELP = (
+    'A row looks like {"conversations": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}], '
+    '"label": true}.'
+)
+REPAIR = "finetui data clean FILE OUT writes a copy in which it is mended."
+REMEDIES = (
+    ("broken JSON", REPAIR),
+    ("not UTF-8", "Save the file as UTF-8; " + REPAIR),
+    ("no conversation found", "Say which column is what: --column prompt=… --column completion=… (m in the wizard)."),
+    ("no assistant turn", "Nothing could be learnt from it: add the answer, or let it go."),
+    ("an assistant turn is empty", "Add the answer, or let the row go."),
+    ("a turn has neither", "Add the answer, or let the row go."),
+    ("unknown role", "Roles are system, user, assistant and tool: rename it."),
+    ("the label", "Labels are true and false: mend these."),
+    ("no label", "Label them true or false, or train them with SFT."),
+    ("label is false", "--include-undesirable learns them all the same; KTO learns from good and bad answers."),
+    ("plain text", "Use SFT."),
+    ("nothing stands before", "An answer needs a question before it."),
+    ("the row has more cells", "A cell holds a comma and no quotation marks: quote it."),
+    ("a row must be", ROW_HELP),
+    ("prompt and answer must be", ROW_HELP),
+)
+"""What to do about rows that cannot be used, by how the reason begins."""
 __all__ = ["Conversation", "LeftOut", "Rows", "class_weights", "conversations_of", "holdout_split", "raw_rows",
            "read_rows"]  # fmt: skip
 
@@ -128,11 +151,11 @@ def check_usable(
 ) -> None:
     """Raise FinetuiError where `file` has no usable row, or for KTO only one label; `labels` counts the usable ones."""
     if not sum(labels.values()):
-        named = "; ".join(f"{count} × {reason}" for reason, count in Counter(reasons).most_common(2))
+        often = Counter(reasons).most_common(2)
+        named = "; ".join(f"{count} × {reason}" for reason, count in often)
         raise FinetuiError(
             f"{file} has no usable row for {method.upper()} among {total} ({named or 'no rows'}).",
-            'A row looks like {"conversations": [{"role": "user", "content": "…"}, '
-            '{"role": "assistant", "content": "…"}], "label": true}.',
+            remedy_of(often[0][0]) if often and not often[0][0].startswith("broken JSON") else ROW_HELP,
         )
     if method == "kto" and sum(count > 0 for count in labels.values()) < 2:
         only = "true" if labels.get(True) else "false"
@@ -140,6 +163,11 @@ def check_usable(
             f"{file}: every label is {only}, and KTO needs good and bad answers.",
             "Train with SFT instead." if only == "true" else "Add rows with good answers.",
         )
+
+
+def remedy_of(reason: str) -> str:
+    """What to do about a reason for which rows are left out."""
+    return next((remedy for start, remedy in REMEDIES if reason.startswith(start)), "Mend or delete these rows.")
 
 
 def holdout_split(

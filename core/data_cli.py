@@ -49,7 +49,7 @@ def add_data(commands: Any) -> None:
     _method(show)
     _columns(show)
     _model(show)
-    show.add_argument("--line", type=int, default=1, metavar="N", help="line of the file (default: the first usable)")
+    show.add_argument("--line", type=int, metavar="N", help="line of the file (default: the first usable)")
     show.add_argument("--ids", action="store_true", help="every token with its id")
     show.add_argument("--json", action="store_true", help="JSON: ids and labels as the trainer gets them")
     ledger = kinds.add_parser("ledger", help="every row of a run with its fate, as CSV or JSON lines")

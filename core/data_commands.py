@@ -7,13 +7,17 @@ from collections.abc import Callable
 from typing import Any
 
 from core.console import print_json
+from core.data_headline import headline, number
 from core.data_ledger import LEDGER, Ledger, read_ledger, save_ledger, write_entries
 from core.data_look import Request
 from core.data_look import look as look_at
 from core.data_mend import Cleaning, Told, check_target, ledger_of
+from core.data_shape import batch_words
 from core.errors import FinetuiError
 from core.flags import mapping_of
 from core.paths import runs_dir
+from core.plan import Plan
+from core.sources import is_untuned
 from core.text import clean as cleaned
 from core.watch import console
 
@@ -22,11 +26,6 @@ STYLES = ("bold red", "yellow", "dim")
 
 def say(text: str, style: str = "") -> None:
     console().print(cleaned(text, 2000), markup=False, highlight=False, style=style)
-
-
-def number(count: int, word: str) -> str:
-    """``1 row``, ``2,388 rows``."""
-    return f"{count:,} {word}{'s' * (count != 1)}"
 
 
 def columns_of(arguments: argparse.Namespace) -> dict[str, str]:
@@ -51,8 +50,13 @@ def check(arguments: argparse.Namespace) -> int:
         "include_undesirable": arguments.include_undesirable, "holdout": arguments.split_dataset,
         "too_long": arguments.too_long,
     }  # fmt: skip
+    if arguments.ledger:
+        for file in arguments.file:
+            if file.exists():
+                check_target(file, arguments.ledger, force=True)
+    plan = _plan(arguments, data)
     request = Request(
-        arguments.method, data, near=not arguments.no_near,
+        arguments.method, data, near=not arguments.no_near, untuned=plan is not None and is_untuned(plan),
         eval_file=str(arguments.eval_file.absolute()) if arguments.eval_file else "",
     )  # fmt: skip
     reports: list[dict[str, Any]] = []
@@ -61,10 +65,10 @@ def check(arguments: argparse.Namespace) -> int:
     found = reports[-1]
     if found["problem"]:
         raise FinetuiError(found["problem"]["error"], found["problem"]["advice"])
-    if counted := _counted(arguments, data):
-        found["tokens"] = counted
+    if plan:
+        counted = found["tokens"] = _counted(arguments, plan)
         found["findings"] = sorted([*counted["findings"], *found["findings"]], key=lambda entry: entry["weight"])
-    if arguments.ledger:
+    elif arguments.ledger:
         save_ledger(ledger, arguments.ledger)
     if arguments.json:
         print_json(_as_json(found, ledger))
@@ -101,8 +105,8 @@ def progress_words(progress: dict[str, Any]) -> str:
     return f"{share} {progress['rows']:,} rows checked{seen}"
 
 
-def _plan_request(arguments: argparse.Namespace, data: dict[str, Any]) -> dict[str, Any] | None:
-    """A question to the lens about a stage with the model of the arguments; None where none is named."""
+def _plan(arguments: argparse.Namespace, data: dict[str, Any]) -> Plan | None:
+    """A plan of the stage with the model of the arguments; None where none is named."""
     if not (arguments.model_size or arguments.model_name or arguments.max_seq_length):
         return None
     from core.backend import gpu_present
@@ -116,21 +120,19 @@ def _plan_request(arguments: argparse.Namespace, data: dict[str, Any]) -> dict[s
             settings[path] = (value, "check")
     if arguments.max_seq_length and stage == "kto":
         settings["kto.max_prompt_length"] = (arguments.max_seq_length, "check")
-    plan = resolve(stage, None, settings, gpu_present=gpu_present()).plan
-    return {"plan": plan.model_dump(mode="json"), "stage": stage}
+    return resolve(stage, None, settings, gpu_present=gpu_present()).plan
 
 
-def _counted(arguments: argparse.Namespace, data: dict[str, Any]) -> dict[str, Any] | None:
-    """The rows in tokens, where a model is named."""
+def _counted(arguments: argparse.Namespace, plan: Plan) -> dict[str, Any]:
+    """The rows in tokens; every row with its fate is written where that is asked for."""
     from core.lens import ask_once
 
-    asked = _plan_request(arguments, data)
-    if asked is None:
-        return None
     if sys.stderr.isatty():
         print("\r\x1b[Kcounting tokens …", end="", file=sys.stderr, flush=True)
+    saved = str(arguments.ledger.absolute()) if arguments.ledger else ""
+    asked = {"do": "count", "exact": True, "ledger": saved, "stage": arguments.method}
     try:
-        return ask_once({"do": "count", "exact": True, **asked})
+        return ask_once({**asked, "plan": plan.model_dump(mode="json")})
     finally:
         if sys.stderr.isatty():
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
@@ -163,14 +165,12 @@ def _print_report(found: dict[str, Any], arguments: argparse.Namespace) -> None:
         shapes = ", ".join(entry["shapes"]) or "no shape found"
         blank = f", {number(entry['blank'], 'blank line')}" if entry["blank"] else ""
         say(f"{entry['file']}: {number(entry['rows'], 'row')} ({entry['kind']}: {shapes}{blank})", "bold")
-    words = f"{number(found['usable'], 'example')} for {arguments.method.upper()}"
-    held = f", {found['held_out']:,} of them held out" if found["held_out"] else ""
-    say(f"  {words}{held}; {number(totals['left_out'], 'row')} left out, {totals['repaired']:,} repaired")
-    labels = found["labels"]
-    if set(labels) - {"none"}:
-        say(f"  labels: {', '.join(f'{count:,} {label}' for label, count in sorted(labels.items()))}")
-    if found["weights"]:
-        say("  weights: desirable {:g}, undesirable {:g}".format(*found["weights"]))
+    told = headline(found, found.get("tokens"), arguments.method)
+    say(f"  {told.rows}")
+    if told.left_out:
+        say(f"  {told.left_out}")
+    if weights := (found.get("tokens") or found)["weights"]:
+        say("  weights: desirable {:g}, undesirable {:g}".format(*weights))
     _print_content(found["content"])
     if "tokens" in found:
         for line in token_lines(found["tokens"]):
@@ -216,7 +216,7 @@ def token_lines(counted: dict[str, Any]) -> list[str]:
         f"tokens: {kept}, {counted['trained_tokens']:,} of them trained",
         f"rows: {_percentile_words(rows)}; answers: {_percentile_words(answers)}",
         f"limit: {limit['whole']:,} rows fit, {limit['cut']:,} are cut, {limit['left_out']:,} left out",
-        f"batches: {shape['padded']:.0%} of a padded one is tokens, {shape['packed']:.0%} of a packed one",
+        f"batches: {batch_words(shape)}",
     ]
 
 
@@ -305,9 +305,11 @@ def show(arguments: argparse.Namespace) -> int:
     data: dict[str, Any] = {"file": file, "columns": columns_of(arguments), "too_long": arguments.too_long}
     if not (arguments.model_size or arguments.model_name):
         arguments.model_size = "135m"
-    asked = _plan_request(arguments, data)
-    assert asked is not None
-    found = ask_once({"do": "show", "line": [file, arguments.line], "ids": arguments.ids or arguments.json, **asked})
+    plan = _plan(arguments, data)
+    assert plan is not None
+    asked = {"stage": arguments.method, "plan": plan.model_dump(mode="json")}
+    place: dict[str, Any] = {"line": [file, arguments.line]} if arguments.line else {"at": 0}
+    found = ask_once({"do": "show", **place, "ids": arguments.ids or arguments.json, **asked})
     if arguments.json:
         print_json(found)
         return 0

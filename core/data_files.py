@@ -9,7 +9,7 @@ import csv
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ BINARY_STARTS = {
     b"\xff\xfe": ("UTF-16 or binary", "Save it as UTF-8."),
     b"\xfe\xff": ("UTF-16 or binary", "Save it as UTF-8."),
 }
+SHEETS = (".xlsx", ".xls", ".ods")
 BOM = b"\xef\xbb\xbf"
 MAX_LINE_BYTES = 64 << 20
 BLOCK = 1 << 20
@@ -46,6 +47,8 @@ def kind_of(path: Path) -> str:
 
     Raises FinetuiError for a missing, empty, binary or compressed file.
     """
+    if path.exists() and not path.is_file() and not path.is_dir():  # opening a pipe would wait for its writer
+        raise FinetuiError(f"{path} is a pipe or a device.", "Write the rows into a file first.")
     try:
         with path.open("rb") as stream:
             head = stream.read(4096)
@@ -63,6 +66,8 @@ def kind_of(path: Path) -> str:
     if head.startswith(b"PAR1"):
         return "parquet"
     known = next((words for start, words in BINARY_STARTS.items() if head.startswith(start)), None)
+    if path.suffix.lower() in SHEETS:
+        raise FinetuiError(f"{path} is a spreadsheet.", "Save its table as CSV.")
     if known or b"\0" in head:
         what, advice = known or ("binary", "")
         raise FinetuiError(f"{path} is {what}, not UTF-8 text.", advice or "Give JSONL, JSON, CSV or Parquet.")
@@ -247,8 +252,10 @@ class _Text:
 def _csv_rows(path: Path) -> Iterator[tuple[int, Any]]:
     csv.field_size_limit(2**31 - 1)
     lines = (line for _, line in _decoded_lines(path))
+    header = next(lines, "")
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else _delimiter(header)
     # Strict: a quotation mark that is never closed would swallow the rest of the file without a word.
-    reader = csv.DictReader(lines, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+    reader = csv.DictReader(chain([header], lines), delimiter=delimiter, strict=True)
     try:
         for row in reader:
             if None in row:
@@ -257,6 +264,11 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, Any]]:
                 yield reader.line_num, {key: _cell(value) for key, value in row.items()}
     except csv.Error as error:
         raise FinetuiError(f"{path}, line {reader.line_num}: broken CSV ({error}).", "Mend that line.") from error
+
+
+def _delimiter(header: str) -> str:
+    """Comma, or what a table without any is separated by: spreadsheets in many languages write semicolons."""
+    return next((mark for mark in ",;\t" if mark in header), ",")
 
 
 def _cell(value: Any) -> Any:

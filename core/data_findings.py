@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from core import data_facts as facts
+from core.data import REPAIR, remedy_of
 from core.data_contents import CONTENT_FINDINGS
 from core.data_finding import FEW, HEAVY, KNOW, MEND, MOST, SHOWN, Finding, Look, many, rows
 from core.data_limits import TOO_LONG
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     pass
 
 SKEWED = 10
-REPAIR = "finetui data clean FILE OUT writes a copy in which it is mended."
 
 
 def findings(look: Look) -> list[Finding]:
@@ -58,7 +58,7 @@ def _plan(look: Look) -> Iterator[Finding]:
     count = len(look.ledger.training())
     if 0 < count < FEW:
         yield Finding(
-            "few rows", MEND, count, f"Only {count} examples are trained.",
+            "few rows", MEND, count, f"Only {count} example{'s' * (count > 1)} to learn from.",
             "Some dozens teach a form, some hundreds a skill. Watch for answers learnt by heart.",
         )  # fmt: skip
     if look.kto and count:
@@ -74,24 +74,6 @@ def _plan(look: Look) -> Iterator[Finding]:
 
 
 # --- rows that cannot be used ---
-
-REMEDIES = (
-    ("broken JSON", REPAIR),
-    ("not UTF-8", "Save the file as UTF-8; " + REPAIR),
-    ("no conversation found", "Say which column is what: --column prompt=… --column completion=… (m in the wizard)."),
-    ("no assistant turn", "Nothing could be learnt from it: add the answer, or let it go."),
-    ("an assistant turn is empty", "Add the answer, or let the row go."),
-    ("a turn has neither", "Add the answer, or let the row go."),
-    ("unknown role", "Roles are system, user, assistant and tool: rename it."),
-    ("the label", "Labels are true and false: mend these."),
-    ("nothing stands before", "An answer needs a question before it."),
-    ("the row has more cells", "A cell holds a comma and no quotation marks: quote it."),
-)
-
-
-def remedy_of(reason: str) -> str:
-    """What to do about a reason for which rows are left out."""
-    return next((remedy for start, remedy in REMEDIES if reason.startswith(start)), "Mend or delete these rows.")
 
 
 def _unusable(look: Look) -> Iterator[Finding]:
@@ -152,11 +134,18 @@ def _labels(look: Look) -> Iterator[Finding]:
         elif reason.startswith("plain text"):
             words = f"{rows(count)} left out: {reason}."
             yield Finding("plain text", MEND, count, words, "Use SFT.", look.places(mask))
+    none, good = (look.used & (look.labels == code) for code in (-1, 1))
+    if not look.kto and (count := int(none.sum())) and (labelled := int(good.sum())):
+        fewer = none if count <= labelled else good
+        yield Finding(
+            "unlabelled", KNOW, count, f"{rows(count)} without a label beside {labelled:,} labelled true.",
+            "SFT learns from both. Make sure that the unlabelled ones hold no bad answers.", look.places(fewer),
+        )  # fmt: skip
     for source in ledger.sources:
         survey = source.survey
         read = [number for number, words in enumerate(survey.repairs) if words.startswith("label ")]
         there = numpy.flatnonzero(numpy.isin(survey["repair"], read)) if read else numpy.zeros(0, int)
-        if len(there):
+        if len(there) and survey.kind not in ("csv", "tsv"):  # a cell of a table is always a text
             words = survey.repairs[int(survey["repair"][there[0]])]
             yield Finding(
                 "label types", KNOW, len(there), f"{many(len(there), 'label')} no truth value ({words}).",

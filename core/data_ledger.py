@@ -256,7 +256,7 @@ class Ledger:
         return (numpy.concatenate(parts) if parts else numpy.zeros(0, "u4")), words
 
     def totals(self) -> dict[str, Any]:
-        """Rows by fate, reasons of those left out and repairs, most frequent first."""
+        """Rows by fate, reasons of those left out and repairs, most frequent first; `held_out` are used or cut too."""
         import numpy
 
         rows, words = self.rows()
@@ -270,9 +270,17 @@ class Ledger:
         repaired = sum((source.survey.repair_counts() for source in self.sources), Counter())
         return {
             "rows": len(rows), "used": fates[USED], "cut": fates[CUT], "left_out": fates[LEFT_OUT],
-            "repaired": sum(repaired.values()), "reasons": dict(reasons.most_common()),
-            "repairs": dict(repaired.most_common()),
+            "held_out": self._held_out_rows(), "repaired": sum(repaired.values()),
+            "reasons": dict(reasons.most_common()), "repairs": dict(repaired.most_common()),
         }  # fmt: skip
+
+    def _held_out_rows(self) -> int:
+        """Rows that are held out. The conversations of a pair have one prompt, and so are held out together."""
+        import numpy
+
+        held = self.evaluation()
+        row, file = self.each("row")[held], self.file_of[held]
+        return int(((numpy.diff(row) != 0) | (numpy.diff(file) != 0)).sum()) + bool(len(held))
 
     def label_counts(self, *, held_out: bool = False) -> Counter[bool | None]:
         """Conversations of an epoch by label; with `held_out` of all that are used, each once."""

@@ -2,6 +2,7 @@
 
 from bisect import bisect_left, insort
 from collections import Counter
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from core.data_ledger import LEFT_OUT, Ledger
@@ -78,6 +79,20 @@ def filled(lengths: Lengths, limits: Limits, batch_size: int) -> dict[str, float
         "padded": round(float(kept.sum() / (widest * sizes).sum()), 4),
         "packed": round(float(kept.sum() / (packs(kept, limits.max_length) * limits.max_length)), 4),
     }
+
+
+def padded_share(batches: "list[numpy.ndarray]") -> float:
+    """The share of tokens that are not padding in batches of rows of these lengths, each padded to its longest row."""
+    whole = sum(int(batch.max()) * len(batch) for batch in batches)
+    return round(sum(int(batch.sum()) for batch in batches) / max(whole, 1), 4)
+
+
+def batch_words(shape: Mapping[str, Any]) -> str:
+    """How well batches are filled, as they are made and as they might be."""
+    packed = f"packed {shape['packed']:.0%}"
+    if shape["padding_free"] == "off":
+        return f"padded to the longest row of each: {shape['padded']:.0%} full ({packed})"
+    return f"rows end to end, no padding (padded {shape['padded']:.0%} full, {packed})"
 
 
 def packs(lengths: "numpy.ndarray", limit: int) -> int:

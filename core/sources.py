@@ -11,7 +11,7 @@ from typing import Any
 
 from core.errors import FinetuiError
 from core.paths import cache_dir, runs_dir
-from core.plan import DataPlan, ModelPlan
+from core.plan import DataPlan, ModelPlan, Plan
 
 DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -145,3 +145,10 @@ def demo_files() -> dict[str, Path]:
 
     files = write_demo_data(cache_dir() / "demo")
     return {"sft": files.sft, "kto": files.kto, "evaluate": files.heldout, "tuning": files.tuning, "tools": files.tools}
+
+
+def is_untuned(plan: Plan) -> bool:
+    """Whether KTO would start from a model that was not tuned here."""
+    name = plan.model.name
+    tuned = name.startswith("run:") or (Path(name) / "adapter_config.json").is_file()
+    return plan.method == "kto" and not tuned

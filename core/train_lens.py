@@ -20,20 +20,21 @@ from core.data import Conversation
 from core.data_cache import entry
 from core.data_finding import Look
 from core.data_findings import length_findings
-from core.data_ledger import Ledger
+from core.data_ledger import LEFT_OUT, Ledger, save_ledger
 from core.data_limits import Limits
-from core.data_reader import Rows
-from core.data_shape import token_shape
+from core.data_reader import Reader, Rows
+from core.data_shape import PACKED_ROWS, padded_share, token_shape
 from core.data_tokens import KEPT_FROM, Growing, Tokens, fill, tokenize, tokens_key
 from core.errors import FinetuiError
 from core.memory import KEPT_LENGTHS
-from core.plan import Plan, StagePlan
-from core.prepare import changes, stage_ledger
+from core.plan import KTOPlan, Plan, StagePlan
+from core.prepare import changes, kto_weights, stage_ledger
 from core.sources import DEMO_MODEL, data_sources, model_source
 from core.train_model import load_tokenizer
 from core.train_segments import segments, token_list, turn_list
 
-SAMPLE = 1000
+ALL_GONE = "No row is left after tokenising: "
+SAMPLE, WRITTEN_BYTES = 1000, 8000
 EXACT = 4000
 """Conversations up to which all are tokenised for a count; of more an even sample, unless the cache has them all."""
 
@@ -80,24 +81,24 @@ class Desk:
         stage = plan.stage(name)
         ledger = self.ledger(stage, name)
         if request["do"] == "count":
-            found = self.counted(stage, name, template, ledger, exact=bool(request.get("exact")))
-            return count_words(found, stage, name)
+            saved = request.get("ledger", "")
+            found = self.counted(stage, name, template, ledger, exact=bool(request.get("exact") or saved))
+            return count_words(found, stage, name, saved)
         if request["do"] == "limit":
             found = self.counted(stage, name, template, ledger)
             return limit_words(found, Limits.of(stage, name), request["at"])
         used = ledger.used
         at = place_of(ledger, request["line"]) if "line" in request else request["at"]
         at = max(0, min(at, len(used) - 1))
+        rest = {"at": at, "of": len(used), "origin": origin, "notices": changes(template, ledger)}
+        limits, ids = Limits.of(stage, name), bool(request.get("ids"))
+        if "line" in request and (reply := unused(ledger, request["line"], template, limits, ids=ids)):
+            return {**reply, **rest, "held_out": False, "unused": True}
         number = int(used[at])
-        row = Rows(ledger)[number]
-        reply = shown(template, Limits.of(stage, name), row, ids=bool(request.get("ids")))
+        reply = shown(template, limits, Rows(ledger)[number], ids=ids)
         if name == "kto":
             reply["partner"] = self.partner(stage, name, template, ledger, number)
-        held = bool(ledger.held_out[number])
-        return {
-            **reply, "at": at, "of": len(used), "origin": origin, "notices": changes(template, ledger),
-            "held_out": held,
-        }  # fmt: skip
+        return {**reply, **rest, "held_out": bool(ledger.held_out[number])}
 
     def template(self, plan: Plan) -> tuple[Template, str]:
         """The model's template and where it comes from. Raises FinetuiError when it is not on this machine."""
@@ -195,6 +196,36 @@ def place_of(ledger: Ledger, place: list[Any]) -> int:
     return int(numpy.searchsorted(ledger.used, behind[0])) if len(behind) else len(ledger.used)
 
 
+def unused(
+    ledger: Ledger, place: list[Any], template: Template, limits: Limits, *, ids: bool = False
+) -> dict[str, Any] | None:
+    """The row at (file, line) where none of it is used: in tokens, or as it is written where it makes no conversation.
+
+    None for a row that is used and for a line that has none.
+    """
+    import numpy
+
+    sources = [source.survey for source in ledger.sources]
+    number = next((at for at, survey in enumerate(sources) if survey.file == str(place[0])), 0)
+    survey, start = sources[number], sum(survey.conversations for survey in sources[:number])
+    row = int(numpy.searchsorted(survey["line"], int(place[1])))
+    if row >= survey.total or int(survey["line"][row]) != int(place[1]):
+        return None
+    mine = start + numpy.flatnonzero(survey["row"] == row)
+    if (ledger.fate[mine] != LEFT_OUT).any():
+        return None
+    if len(mine):
+        why = ledger.reasons[int(ledger.reason[mine[0]])]
+        return {**shown(template, limits, Rows(ledger)[int(mine[0])], ids=ids), "left_out": why}
+    reader = Reader(survey)
+    written = reader.text(row)[:WRITTEN_BYTES].decode("utf-8", "replace")
+    reader.close()
+    return {
+        "file": survey.file, "line": int(place[1]), "label": None, "cut": 0, "tokens": 0, "trained": 0, "turns": [],
+        "segments": [(written, False, False, 0)], "left_out": survey.reasons[int(survey["reason"][row])],
+    }  # fmt: skip
+
+
 def entered(found: Counted, limits: Limits) -> Ledger:
     """A copy of the ledger in which tokens and limits are entered."""
     ledger = copy.copy(found.ledger)
@@ -205,16 +236,22 @@ def entered(found: Counted, limits: Limits) -> Ledger:
     return ledger
 
 
-def partners_of(ledger: Ledger, stage: StagePlan) -> dict[int, int]:
-    """For each conversation the one before it in its batch of the first epoch, as the KTO collator pairs them."""
+def first_epoch(ledger: Ledger, stage: StagePlan) -> list[list[int]]:
+    """The conversations of every micro-batch of KTO's first epoch, as they stand in it."""
     which = ledger.training()
     labels = (ledger.labels[which] == 1).tolist()
     keys, lengths = ledger.prompt_keys[which].tolist(), (ledger.tokens[which] - ledger.cut[which]).tolist()
     parts = stage.gradient_accumulation_steps
+    batches = kto_batches(labels, keys, stage.effective_batch, stage.seed, lengths=lengths, parts=parts)
+    return [which[batch].tolist() for batch in batches]
+
+
+def partners_of(ledger: Ledger, stage: StagePlan) -> dict[int, int]:
+    """For each conversation the one before it in its batch of the first epoch, as the KTO collator pairs them."""
     found: dict[int, int] = {}
-    for batch in kto_batches(labels, keys, stage.effective_batch, stage.seed, lengths=lengths, parts=parts):
-        for index, before in zip(batch, [batch[-1], *batch[:-1]], strict=True):
-            found.setdefault(int(which[index]), int(which[before]))
+    for batch in first_epoch(ledger, stage):
+        for number, before in zip(batch, [batch[-1], *batch[:-1]], strict=True):
+            found.setdefault(number, before)
     return found
 
 
@@ -230,7 +267,7 @@ def shown(template: Template, limits: Limits, row: Conversation, *, ids: bool = 
         tokens = ledger.examples[0].tokens
         reply["cut"] = sum(over for _, over in ledger.cut)
     except FinetuiError as refused:
-        reply["left_out"] = refused.message
+        reply["left_out"] = refused.message.removeprefix(ALL_GONE)
         try:
             tokens = template.tokenize(row.messages, row.tools, only_last=limits.method == "kto")
         except TemplateError as error:
@@ -244,12 +281,17 @@ def shown(template: Template, limits: Limits, row: Conversation, *, ids: bool = 
     return reply
 
 
-def count_words(found: Counted, stage: StagePlan, name: str) -> dict[str, Any]:
-    """Examples and tokens of a pass over the training rows, their shape, and what the limits do to them."""
+def count_words(found: Counted, stage: StagePlan, name: str, saved: str = "") -> dict[str, Any]:
+    """Examples and tokens of a pass over the training rows, their shape, and what the limits do to them.
+
+    With `saved` every row with its fate is written to that file.
+    """
     import numpy
 
     limits = Limits.of(stage, name)
     ledger = entered(found, limits)
+    if saved:
+        save_ledger(ledger, Path(saved))
     training = ledger.training()
     kept = training if found.scale == 1 else found.tokens.which[ledger.fate[found.tokens.which] != 2]
     if not len(kept):
@@ -260,6 +302,10 @@ def count_words(found: Counted, stage: StagePlan, name: str) -> dict[str, Any]:
 
     lengths = ledger.tokens[kept] - ledger.cut[kept]
     longest = numpy.sort(lengths)[::-1].repeat(round(found.scale))[:KEPT_LENGTHS]
+    labels = ledger.label_counts()
+    shape = token_shape(found.tokens.lengths(), limits, stage.batch_size, found.scale)
+    if name == "kto" and found.scale == 1 and len(training) <= PACKED_ROWS:
+        shape["padded"] = padded_share([ledger.tokens[b] - ledger.cut[b] for b in first_epoch(ledger, stage)])
     gone = ledger.reason[found.tokens.which]
     reasons = {ledger.reasons[number]: scaled((gone == number).sum()) for number in set(gone.tolist()) - {0}}
     return {
@@ -269,7 +315,10 @@ def count_words(found: Counted, stage: StagePlan, name: str) -> dict[str, Any]:
         "sampled": len(found.tokens.which),
         "rows": len(found.tokens.which) if found.scale == 1 else len(found.ledger.training()),
         "exact": found.scale == 1,
-        "shape": token_shape(found.tokens.lengths(), limits, stage.batch_size, found.scale),
+        "totals": ledger.totals() if found.scale == 1 else None,
+        "labels": {str(label).lower(): many for label, many in labels.items()},
+        "weights": kto_weights(stage, labels) if isinstance(stage, KTOPlan) else None,
+        "shape": {**shape, "padding_free": getattr(stage, "padding_free", "off")},
         "findings": [told.as_json() for told in length_findings(Look(ledger, max_length=limits.max_length))],
     }  # fmt: skip
 

@@ -188,7 +188,7 @@ async def test_rows_are_looked_into_while_one_types(folder: Path, rows_file: Cal
     async with app.run_test(size=(120, 40)) as pilot:
         await shows(pilot, "your draft is kept")
         await pilot.press("n")
-        await shows(pilot, "✔ 4 rows, 3 examples (2 good, 1 bad)", "1 left out")
+        await shows(pilot, "✔ 4 rows: 3 ", "from (2 good answers, 1 bad).", "1 left out: without an answer.")
         await pilot.press("2")
         await shows(pilot, "1 row left out: no assistant turn.", "2 Findings")
         path.write_text('{"messages": [}\n')

@@ -122,7 +122,7 @@ def test_by_keys_alone_from_the_wizard_through_death_and_stop_to_the_end(
     terminal.shows("Type the path of a file.")
     terminal.press("Tab")
     terminal.type(str(rows_file()))
-    terminal.shows("✔ 40 rows, 20 examples", "trained")
+    terminal.shows("✔ 40 rows: 20 ", "trained")
     terminal.press("Enter")
     terminal.shows("num_train_epochs", "5 steps an epoch")
     terminal.press(*["Tab"] * 6)

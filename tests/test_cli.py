@@ -293,8 +293,9 @@ def test_check_counts_and_names_every_row_left_out(said: Callable[..., str], tmp
         (6, str(path)),
     ]
     shown = said("check", path, "--method", "kto")
-    assert "5 rows (jsonl: messages, 1 blank line)" in shown and "2 examples for KTO; 3 rows left out" in shown
-    assert "labels: 1 false, 1 true" in shown and "(lines 3, 5, 6)" in shown
+    assert "5 rows (jsonl: messages, 1 blank line)" in shown and "(lines 3, 5, 6)" in shown
+    assert "5 rows: 2 can be learned from (1 good answer, 1 bad)." in shown
+    assert "3 left out: in no shape that is known." in shown
     assert "2 × no conversation found (the row has: y); 1 × no conversation found (the row has: x)" in shown
     assert "weights: desirable 1, undesirable 1" in shown
     assert json.loads(said("check", path, "--method", "sft", "--include-undesirable", "--json"))["used"] == 2

@@ -1,11 +1,13 @@
 """The lens shows the very arrays the trainer gets: batches of real trainers against its replies, row by row."""
 
+import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SHARED_DATA, MakeRun, WriteRows
+from conftest import SHARED_DATA, USER, MakeRun, WriteRows
 from test_training import Stage
 
 from core.train_lens import Desk
@@ -107,7 +109,43 @@ def test_a_row_is_found_by_its_line_and_a_lost_line_by_the_next(make_run: MakeRu
     run = make_run("sft", sft__data__file=str(path), sft__data__include_undesirable=True)
     request = {"plan": run.plan().model_dump(mode="json"), "stage": "sft", "do": "show"}
     desk = Desk()
-    assert [desk.reply({**request, "line": [str(path), line]})["line"] for line in (1, 2, 3, 4, 99)] == [1, 3, 3, 4, 4]
+    assert [desk.reply({**request, "line": [str(path), line]})["line"] for line in (1, 2, 3, 4, 99)] == [1, 2, 3, 4, 4]
+
+
+def test_a_row_that_is_left_out_is_shown_with_the_reason(make_run: MakeRun, rows_file: WriteRows) -> None:
+    rows = [ROWS[1], {"messages": [USER]}, ROWS[0], ROWS[2]]
+    path = rows_file(rows, "own.jsonl")
+    request = {"plan": make_run("sft", sft__data__file=str(path)).plan().model_dump(mode="json"), "stage": "sft"}
+    written, bad = (Desk().reply({**request, "do": "show", "line": [str(path), line]}) for line in (2, 3))
+    assert (written["left_out"], written["tokens"], written["unused"]) == ("no assistant turn", 0, True)
+    assert json.loads(written["segments"][0][0]) == rows[1]
+    assert bad["left_out"] == "label is false: SFT would teach a bad answer" and bad["tokens"] > 0 and bad["unused"]
+
+
+def test_a_ledger_with_tokens_is_written_where_it_is_asked_for(
+    make_run: MakeRun, rows_file: WriteRows, tmp_path: Path
+) -> None:
+    path = rows_file([*ROWS, {"messages": []}], "own.jsonl")
+    settings = {"kto__max_length": 110, "kto__max_prompt_length": 70, "kto__data__too_long": "cut"}
+    plan = make_run("kto", kto__data__file=str(path), **settings).plan().model_dump(mode="json")
+    request = {"do": "count", "plan": plan, "stage": "kto", "ledger": str(tmp_path / "ledger.jsonl")}
+    counted = Desk().reply(request)
+    entries = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
+    fates = Counter(entry["fate"] for entry in entries)
+    totals = counted["totals"]
+    assert len(entries) == totals["rows"] == 25 and fates["cut"] == totals["cut"] == counted["cut"] > 0
+    assert (fates["used"], fates["left out"]) == (totals["used"], totals["left_out"])
+    kept = [entry for entry in entries if entry["fate"] != "left out"]
+    assert sum(entry["tokens"] - entry.get("cut", 0) for entry in kept) == counted["tokens"]
+    assert sum(entry["trained"] for entry in kept) == counted["trained_tokens"]
+
+
+def test_ktos_batches_are_as_full_as_the_count_says(make_run: MakeRun, rows_file: WriteRows) -> None:
+    stage = Stage(make_run("kto", kto__data__file=str(rows_file(ROWS, "own.jsonl"))), "kto")
+    plan = stage.plan.model_dump(mode="json")
+    told = Desk().reply({"do": "count", "plan": plan, "stage": "kto"})["shape"]["padded"]
+    masks = [batch["attention_mask"] for batch in stage.trainer.get_train_dataloader()]
+    assert told == round(sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks), 4)
 
 
 @pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="the shared data is not here")

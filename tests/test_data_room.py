@@ -34,6 +34,12 @@ def body(app: WizardApp) -> str:
     return app.wizard.query_one("#preview-text").content.plain  # type: ignore[attr-defined]
 
 
+def chosen(app: WizardApp) -> list[str]:
+    """The views that are marked as the one shown."""
+    head = app.wizard.query_one("#preview-head").content  # type: ignore[attr-defined]
+    return [head.plain[span.start : span.end].strip() for span in head.spans if "reverse" in str(span.style)]
+
+
 async def known(pilot: Any, app: WizardApp) -> DataRoom:
     """Wait until rows and tokens of the stage shown are known, and go into the room."""
     await until(pilot, lambda: room(app).here.row and room(app).here.count and room(app).here.look.get("whole"))
@@ -52,7 +58,7 @@ async def test_a_finding_leads_to_its_rows_and_back(
         await pilot.press("2")
         text = await shows(pilot, "1 row left out: no assistant turn.", "1 row holds tool calls whose arguments")
         assert "▸ " in text and "→ " in text
-        while "▸ !  1 row holds tool calls" not in body(app):
+        while "▸ !  mend   1 row holds tool calls" not in body(app):
             await pilot.press("down")
         assert "t: the arguments are not JSON" in body(app) and "line 33" in body(app)
         await pilot.press("enter")
@@ -60,6 +66,13 @@ async def test_a_finding_leads_to_its_rows_and_back(
         assert "oops" in body(app) and room(app).view == 0
         await pilot.press("2", "up", "up", "up", "up")
         assert "▸ " in body(app).splitlines()[0]
+        while "▸ !  mend   1 row left out: no assistant turn." not in body(app):
+            await pilot.press("down")
+        await pilot.press("enter")
+        await until(pilot, lambda: room(app).here.row["line"] == 31)
+        assert body(app).startswith("! left out: no assistant turn\nAs it is written:\n{")
+        assert USER["content"] in body(app)
+        await shows(pilot, "line 31: not learned from")
 
 
 async def test_the_limit_is_moved_tried_and_kept(
@@ -69,7 +82,7 @@ async def test_the_limit_is_moved_tried_and_kept(
     async with app.run_test(size=(120, 40)) as pilot:
         pane = await known(pilot, app)
         await pilot.press("3")
-        await shows(pilot, "Tokens a row", "limit 500 ▶", "At 500: 15 rows fit", "Answers", "Batches", "Epoch")
+        await shows(pilot, "Tokens a row", "limit 500 ▶", "At 500: 15 rows fit", "Answers", "rows end to end", "Epoch")
         longest = pane.here.count["shape"]["row_percentiles"]["100"]
         while pane.here.limit_at >= longest - 20:
             await pilot.press("left")
@@ -84,6 +97,13 @@ async def test_the_limit_is_moved_tried_and_kept(
         await until(pilot, lambda: any(entry["kind"] == "too long" for entry in pane.here.findings))
         await pilot.press("shift+right", "shift+right", "shift+right")
         assert pane.here.limit_at >= longest
+        text = app.wizard.query_one("#preview-text")
+        await pilot.mouse_down(text, offset=(30, 3))
+        first = await until(pilot, lambda: pane.here.limit_at < longest and pane.here.limit_at)
+        await pilot.hover(text, offset=(30, 20))
+        pointer = next(line.index("▲") for line in body(app).splitlines() if "▲" in line)
+        assert abs(pointer - 30) <= 3 and pane.here.limit_at == first
+        await until(pilot, lambda: pane.here.limit and pane.here.limit["at"] == first)
     assert load_draft(tmp_path / "draft.json").values["sft.max_length"] == str(tried)  # type: ignore[union-attr]
 
 
@@ -113,8 +133,11 @@ async def test_contents_tell_labels_turns_tools_and_columns(
         await pilot.press("4")
         await shows(pilot, "rows.jsonl  JSONL, 31 rows", "conversations → turns, label → label", "not used: source",
                     "16 good", "16 rows: user, assistant", "set_it 1")  # fmt: skip
+        assert chosen(app) == ["4 Contents"]
         await pilot.press("space")
         await shows(pilot, "KTO  1 Rows", "16 good", "15 bad", "weights 1 and 1")
+        await pilot.press("3")
+        assert chosen(app) == ["3 Lengths"]
 
 
 async def test_columns_are_told_and_remembered_in_draft_plan_and_command(
@@ -133,11 +156,19 @@ async def test_columns_are_told_and_remembered_in_draft_plan_and_command(
         app.screen.query_one("#column-prompt", Input).value = "frage"
         app.screen.query_one("#column-completion", Input).value = "antwort"
         await pilot.press("enter")
-        await shows(pilot, "✔ 6 rows, 6 examples")
+        await shows(pilot, "✔ 6 rows: all ")
         await until(pilot, lambda: room(app).here.row)
         await until(pilot, lambda: "q0" in body(app))
     draft = load_draft(tmp_path / "draft.json")
     assert draft and draft.data["sft"].columns == {"prompt": "frage", "completion": "antwort"}
+    other = rows_file([{"frage": "q", "antwort": "a"}], "other.jsonl")
+    app = WizardApp(draft_of("sft", tiny_model, other), tmp_path)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await shows(pilot, "✘", "no usable row for SFT")
+        app.wizard.query_one("PathLine.file", Input).value = str(path)
+        await shows(pilot, "✔ 6 rows: all ")
+        app.wizard.query_one("PathLine.file", Input).value = str(other)
+        await shows(pilot, "✘", "no usable row for SFT")
     assert "sft.data.columns" in command_line(draft)
     from tui.draft import checked
 
@@ -216,7 +247,7 @@ async def test_a_hub_set_is_looked_at_and_fetched_on_demand(
             assert "Question 0" in body(app)
             room(app).focus()
             await pilot.press("f")
-            await shows(pilot, "✔ 30 rows, 15 examples")
+            await shows(pilot, "✔ 30 rows: 15 ")
             assert any(path.endswith("a/train.jsonl") for path in hub.asked)
 
 

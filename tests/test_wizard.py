@@ -111,14 +111,14 @@ async def test_a_labelled_row_shows_prompt_completion_and_label_and_space_goes_t
         await shows(pilot, "SFT  1 Rows", "row 1 of 20")
         app.wizard.query_one(DataRoom).focus()
         await pilot.press("space")
-        await shows(pilot, "KTO  1 Rows", "row 1 of 40", "✔ true", "prompt", "completion, labelled true")
+        await shows(pilot, "KTO  1 Rows", "row 1 of 40", "✔ good answer", "(prompt)", "completion, labelled true")
         await pilot.press("shift+right")
         await shows(pilot, "row 26 of 40")
-        while "✘ false" not in frame(app):
+        while "✘ bad answer" not in frame(app):
             at = app.wizard.query_one(DataRoom).here.at
             await pilot.press("left")
             await shows(pilot, f"row {at} of 40")
-        await shows(pilot, "✘ false", "labelled false")
+        await shows(pilot, "✘ bad answer", "labelled false")
 
 
 async def test_what_is_left_out_by_length_says_so(
@@ -130,7 +130,7 @@ async def test_what_is_left_out_by_length_says_so(
         await shows(pilot, "row 1 of 2", "trained")
         app.wizard.query_one(DataRoom).focus()
         await pilot.press("right")
-        await shows(pilot, "row 2 of 2", "left out: No row is left after tokenising: longer than", "not trained")
+        await shows(pilot, "row 2 of 2", "left out: longer than", "not learned from")
 
 
 async def test_hostile_rows_change_nothing_on_the_terminal(
@@ -141,7 +141,7 @@ async def test_hostile_rows_change_nothing_on_the_terminal(
     draft = draft_of("kto", tiny_model, rows_file(rows), kto__max_length="1024", kto__max_prompt_length="512")
     app = WizardApp(draft, tmp_path)
     async with app.run_test(size=(80, 24)) as pilot:
-        await shows(pilot, "3 rows, 2 examples")
+        await shows(pilot, "3 rows: 2 ")
         await until(pilot, lambda: "[INST]" in app.wizard.query_one("#preview-text").content.plain)  # type: ignore[attr-defined]
         app.wizard.query_one(DataRoom).focus()
         await pilot.press("down")

@@ -3,11 +3,11 @@
 import asyncio
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from textual.binding import Binding
 from textual.content import Content
@@ -16,17 +16,19 @@ from textual.suggester import Suggester
 from textual.widgets import Input
 
 from core.data_files import DATA_SUFFIXES
+from core.data_rows import COLUMNS as PARTS
 from core.errors import FinetuiError
 from core.paths import cache_dir, writing_whole
 from core.runs import list_runs
 from core.text import clean
-from tui.draft import Draft
+from tui.draft import Draft, RowsDraft
 from tui.widgets import Line
 
 Kind = Literal["file", "model", "dataset"]
 KINDS: tuple[Kind, ...] = ("file", "model", "dataset")
 MAX_ENTRIES, MAX_OFFERED, MAX_RECENT, MAX_RUNS = 5000, 50, 8, 30
 PATIENCE_S = 1.0
+COLUMNS, MAX_COLUMNS = "columns", 50
 
 
 def offers(kind: Kind, text: str, runs_folder: Path) -> list[str]:
@@ -86,15 +88,20 @@ def cached_names(prefix: str) -> list[str]:
     return [name.removeprefix(prefix).replace("--", "/", 1) for name in found]
 
 
-def load_recent() -> dict[Kind, list[str]]:
-    """What earlier runs were given, newest first; broken or foreign entries are passed over."""
+def _read_recent() -> dict[str, Any]:
     try:
         read = json.loads((cache_dir() / "recent.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         read = {}
+    return read if isinstance(read, dict) else {}
+
+
+def load_recent() -> dict[Kind, list[str]]:
+    """What earlier runs were given, newest first; broken or foreign entries are passed over."""
+    read = _read_recent()
     found: dict[Kind, list[str]] = {}
     for kind in KINDS:
-        entries = read.get(kind) if isinstance(read, dict) else None
+        entries = read.get(kind)
         texts = [entry for entry in entries if isinstance(entry, str)] if isinstance(entries, list) else []
         found[kind] = [entry for entry in texts if entry and clean(entry) == entry][:MAX_RECENT]
     return found
@@ -112,8 +119,37 @@ def remember(draft: Draft) -> None:
             used["dataset"].append(rows.dataset.strip())
     for kind in KINDS:
         recent[kind] = list(dict.fromkeys([name for name in used[kind] if name] + recent[kind]))[:MAX_RECENT]
+    _write_recent({**recent, COLUMNS: _read_recent().get(COLUMNS, {})})
+
+
+def _write_recent(recent: Mapping[Any, Any]) -> None:
     with writing_whole(cache_dir() / "recent.json") as stream:
         json.dump(recent, stream, indent=1)
+
+
+def source_of(rows: RowsDraft) -> str:
+    """What the rows of a draft are called where their columns are remembered; empty for the demo's."""
+    if rows.kind == "file" and rows.file.strip():
+        return str(Path(rows.file.strip()).expanduser().absolute())
+    return rows.dataset.strip() if rows.kind == "hub" else ""
+
+
+def load_columns(rows: RowsDraft) -> dict[str, str]:
+    """Which column of these rows is what, as it was said before; empty where nothing was."""
+    known = _read_recent().get(COLUMNS)
+    found = known.get(source_of(rows)) if isinstance(known, dict) else None
+    sound = isinstance(found, dict) and all(isinstance(word, str) for word in found.values())
+    return {part: word for part, word in found.items() if part in PARTS} if found and sound else {}
+
+
+def remember_columns(rows: RowsDraft) -> None:
+    """Keep which column of these rows is what, for the next draft. Raises FinetuiError."""
+    recent, source = _read_recent(), source_of(rows)
+    known = recent.get(COLUMNS)
+    others = {name: value for name, value in known.items() if name != source} if isinstance(known, dict) else {}
+    mine = {source: rows.columns} if rows.columns else {}
+    kept = dict(list({**others, **mine}.items())[-MAX_COLUMNS:])
+    _write_recent({**load_recent(), COLUMNS: kept})
 
 
 class Completer(Suggester):

@@ -17,7 +17,7 @@ from textual.widgets import Input
 from core.data_rows import COLUMNS, ROLE_HELP
 from core.paths import runs_dir
 from core.text import clean
-from tui.completion import PathLine
+from tui.completion import PathLine, load_columns
 from tui.data_room import VIEWS, DataRoom
 from tui.pages import Page
 from tui.widgets import Choice, Line, Words, keys
@@ -115,7 +115,8 @@ class DataPage(Page):
     @on(Choice.Changed)
     def chosen(self, event: Choice.Changed) -> None:
         stage = self._stage_of(event.choice)
-        self.draft.data[stage] = self.draft.data[stage].model_copy(update={"kind": event.value})
+        rows = self.draft.data[stage] = self.draft.data[stage].model_copy(update={"kind": event.value})
+        rows.columns = load_columns(rows)
         self._lay_out(stage)
         self.post_message(self.Wanted(stage))
         self.edited()
@@ -126,7 +127,10 @@ class DataPage(Page):
         named = ("file", "dataset", *(name for name, _ in HUB_LINES))
         name = next(name for name in named if event.input.has_class(name))
         if event.value != getattr(self.draft.data[stage], name):
-            setattr(self.draft.data[stage], name, event.value)
+            rows = self.draft.data[stage]
+            setattr(rows, name, event.value)
+            if name in ("file", "dataset"):
+                rows.columns = load_columns(rows)
             self.post_message(self.Wanted(stage))
             self.edited()
 

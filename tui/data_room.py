@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from textual import events
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import VerticalScroll
@@ -19,6 +20,7 @@ from core.plan import Plan
 from core.text import clean
 from tui.data_views import (
     MUTED,
+    ROW_HELP,
     contents_words,
     findings_words,
     hub_rows,
@@ -28,11 +30,12 @@ from tui.data_views import (
     row_words,
     side_words,
     tally,
+    tokens_at,
 )
 from tui.widgets import Words
 
 VIEWS = ("Rows", "Findings", "Lengths", "Contents")
-WIDE, BESIDE, SIDE = 100, 110, 42
+WIDE, HIGH, BESIDE, SIDE = 100, 18, 110, 42
 ROWS, FINDINGS, LENGTHS, CONTENTS = range(4)
 
 
@@ -250,6 +253,36 @@ class DataRoom(VerticalScroll, can_focus=True):
                 self.post_message(self.Wanted(self.stage))
         self.paint()
 
+    def on_mouse_down(self, event: events.MouseDown) -> None:
+        self._drag(event)
+
+    def on_mouse_move(self, event: events.MouseMove) -> None:
+        if event.button:
+            self._drag(event)
+
+    def _drag(self, event: events.MouseEvent) -> None:
+        """The limit goes where the mouse is pressed in the histogram, and follows it."""
+        here, text = self.here, self.query_one("#preview-text", Words)
+        if self.view != LENGTHS or not here.count or not text.region.contains(*event.screen_offset):
+            return
+        x, y = event.screen_offset - text.region.offset
+        if 0 < y <= self._bars() + 2:
+            step = here.step
+            tokens = tokens_at(here.count["shape"]["rows"], x - 1, self._width() - 2)
+            at = max(8, round(tokens / step) * step)
+            if at != here.limit_at:
+                here.limit_at = at
+                self.post_message(self.LimitMoved(self.stage, at))
+                self.refresh_bindings()
+                self.paint()
+
+    def _width(self) -> int:
+        return max(self.scrollable_content_region.width or self.size.width, 20)
+
+    def _bars(self) -> int:
+        """Lines that the histogram of the lengths takes."""
+        return max(2, min(self.size.height - 9, 10))
+
     def action_choose(self, by: int) -> None:
         """Another finding; elsewhere a line up or down."""
         found = self.here.findings
@@ -320,33 +353,34 @@ class DataRoom(VerticalScroll, can_focus=True):
     def _head(self) -> Content:
         here = self.here
         parts: list[Any] = [(f"{self.stage.upper()} ", "bold")] if len(self.stages) > 1 else []
+        outside = not self.has_focus and self.size.width >= WIDE
+        aside: list[Any] = [("   Tab", "bold"), (" goes in", MUTED)] if outside else []
         for number, name in enumerate(VIEWS):
             count = f" {len(here.findings)}" if number == FINDINGS and here.findings else ""
             mark = f" {number + 1} {name}{count} "
             parts.append((mark, "bold reverse" if number == self.view else MUTED))
         if self.view == ROWS and here.row and here.words is None:
-            parts += ["  ", row_head(self.stage, here.row)]
-            if not self.has_focus and self.size.width >= WIDE:
-                parts += [("   Tab", "bold"), (" looks closer", MUTED)]
+            parts += [*aside, "\n ", row_head(self.stage, here.row)]
+            if self.size.height >= HIGH:
+                parts += ["\n ", ROW_HELP]
         elif self.view == FINDINGS and here.findings:
             parts.append(f"  {tally(here.findings)}")
         return Content.assemble(*parts)
 
     def _body(self) -> Content:
         here = self.here
-        width = max(self.content_size.width or self.size.width, 20)
+        width = self._width()
         if self.view == ROWS:
             if here.words is not None:
                 return here.words
             return row_words(self.stage, here.row) if here.row else Content("")
         if self.view == FINDINGS and here.look:
             here.finding = min(here.finding, max(len(here.findings) - 1, 0))
-            return findings_words(here.findings, here.finding, bool(here.look["whole"]), width)
+            return findings_words(here.findings, here.finding, bool(here.look["whole"]), width, self.size.height - 2)
         if self.view == LENGTHS and here.count:
-            height = max(2, min(self.size.height - 9, 10))
-            return lengths_words(here.count, here.limit or None, here.limit_at, here.kept_limit, width, height)
+            return lengths_words(here.count, here.limit or None, here.limit_at, here.kept_limit, width, self._bars())
         if self.view == CONTENTS and here.look:
-            return contents_words(here.look, self.stage, width)
+            return contents_words(here.look, here.count, self.stage, width)
         if self.view == CONTENTS and here.hub:
             return hub_rows(here.hub)
         return here.words if here.words is not None else Content.styled("○ not known yet", MUTED)

@@ -6,14 +6,20 @@ from typing import Any
 
 from textual.content import Content
 
-from core.data_shape import round_up
+from core.data_headline import headline
+from core.data_headline import number as counted
+from core.data_shape import batch_words, round_up
 from core.text import clean
 
 TRAINED = "bold underline $text-success"
 SPECIAL = "$text-accent"
 MUTED = "$foreground-muted"
 HUES = ("bold $text-error", "$text-warning", MUTED)
-MAX_SHOWN = 12_000
+MAX_SHOWN, SIDE_FINDINGS = 12_000, 5
+WEIGHTS = ("grave", "mend", "know")
+"""What a finding's weight asks of the person."""
+ROOMY = 8
+TOKEN_HELP = "\nA token is a piece of a word. A higher limit takes more memory; trained are the tokens of the answers."
 EIGHTHS = " ▁▂▃▄▅▆▇█"
 SHAPES = {
     "messages": "turns with role and content", "sharegpt": "ShareGPT turns (from, value)",
@@ -25,20 +31,27 @@ PARTS = {
     "context": "text below the prompt", "history": "earlier turns", "system": "system prompt",
 }  # fmt: skip
 Reply = Mapping[str, Any]
+ROW_HELP = Content.assemble(
+    ("underlined", TRAINED), (": what it learns to say; ", MUTED), ("<|…|>", SPECIAL),
+    (": the template's marks", MUTED),
+)  # fmt: skip
+"""How a row is read, where there is room for it."""
 
 
 # --- rows ---
 
 
 def row_head(stage: str, reply: Reply) -> Content:
-    """Which row this is, its tokens, and for KTO its label."""
-    parts: list[Any] = [
-        f"row {reply['at'] + 1:,} of {reply['of']:,} ", (f"(line {reply['line']:,})", MUTED),
-        f"  {reply['tokens']:,} tokens, ",
-    ]  # fmt: skip
-    parts.append((f"{reply['trained']:,} trained", TRAINED) if not reply["left_out"] else "not trained")
+    """Which row this is, its tokens, and for KTO whether its answer is a good one."""
+    if reply.get("unused"):
+        return Content.assemble(f"line {reply['line']:,}: ", ("not learned from", "$text-warning"))
+    parts: list[Any] = [f"row {reply['at'] + 1:,} of {reply['of']:,} ", (f"(line {reply['line']:,})", MUTED), "  "]
+    if reply["left_out"]:
+        parts.append((f"{reply['tokens']:,} tokens, not learned from", "$text-warning"))
+    else:
+        parts += [f"{reply['tokens']:,} tokens, ", (f"{reply['trained']:,} trained", TRAINED)]
     if stage == "kto":
-        parts += ["  ", ("✔ true", "$text-success") if reply["label"] else ("✘ false", "$text-error")]
+        parts += ["  ", ("✔ good answer", "$text-success") if reply["label"] else ("✘ bad answer", "$text-error")]
     if reply.get("held_out"):
         parts.append(("  held out", MUTED))
     return Content.assemble(*parts)
@@ -49,12 +62,17 @@ def row_words(stage: str, reply: Reply) -> Content:
     lines = []
     if reply["left_out"]:
         lines.append(Content.styled(f"! left out: {clean(reply['left_out'], 200)}", "$text-warning"))
+        if not reply["tokens"]:
+            lines.append(Content.styled("As it is written:", MUTED))
     if reply["cut"]:
         lines.append(Content.styled(f"! {reply['cut']:,} tokens are cut from the left", "$text-warning"))
     shown = ids_words(reply["pieces"]) if reply.get("pieces") else segments_words(stage, reply)
     lines.append(shown)
     if partner := reply.get("partner"):
-        words = f"in the KL term of the first epoch, in place of this answer: that of line {partner['line']:,}"
+        words = (
+            f"KL partner: the answer of line {partner['line']:,}, which does not belong here. How likely the model "
+            "finds it is the zero from which good and bad are measured (first epoch)."
+        )
         lines += [Content.styled(f"\n{words}", f"bold {MUTED}"),
                   Content.styled(clean(partner["text"], 600, newlines=True), MUTED)]  # fmt: skip
     return Content("\n").join(lines)
@@ -63,20 +81,17 @@ def row_words(stage: str, reply: Reply) -> Content:
 def segments_words(stage: str, reply: Reply) -> Content:
     """The text, with a line before each turn that says whose it is and how much of it is trained."""
     turns = {turn["start"]: turn for turn in reply.get("turns", ())}
+    last = max(turns, default=0)
     parts: list[Any] = []
-    left, at, in_prompt = MAX_SHOWN, 0, stage == "kto"
-    if in_prompt:
-        parts.append(("prompt\n", f"bold {MUTED}"))
+    left, at = MAX_SHOWN, 0
     for segment in reply["segments"]:
         text, trained, special = segment[:3]
-        if in_prompt and trained:
-            in_prompt = False
-            lead = "" if not parts or str(parts[-1][0]).endswith("\n") else "\n"
-            parts.append((f"{lead}completion, labelled {str(reply.get('label')).lower()}\n", f"bold {MUTED}"))
-        elif at in turns and len(turns) > 1:
+        if at in turns and (len(turns) > 1 or stage == "kto"):
             turn = turns[at]
             lead = "" if not parts or str(parts[-1][0]).endswith("\n") else "\n"
             words = f"{turn['tokens']:,} tokens" + (f", {turn['trained']:,} trained" if turn["trained"] else "")
+            if stage == "kto":
+                words += " (prompt)" if at != last else f": the completion, labelled {str(reply.get('label')).lower()}"
             parts += [(f"{lead}{clean(turn['role'], 20)} ", f"bold {MUTED}"), (f"{words}\n", MUTED)]
         mark = f"{TRAINED} {SPECIAL if special else ''}".strip() if trained else SPECIAL if special else ""
         parts.append((clean(text, max(left, 0), newlines=True), mark))
@@ -101,24 +116,33 @@ def ids_words(pieces: Sequence[Sequence[Any]]) -> Content:
 # --- findings ---
 
 
-def findings_words(found: Sequence[Reply], chosen: int, whole: bool, width: int) -> Content:
-    """The findings, the chosen one with its remedy and lines."""
-    lines: list[Content] = []
-    for number, entry in enumerate(found):
-        here = number == chosen
-        mark = f"{'▸' if here else ' '} {entry['mark']:<2} "
-        lines += hanging(mark, entry["text"], width, HUES[entry["weight"]], "bold" if here else "")
-        if here:
-            if entry["detail"]:
-                lines += hanging("     ", entry["detail"], width, MUTED, MUTED)
-            lines += hanging("   → ", entry["remedy"], width, "$text-accent")
-            if words := places_words(entry):
-                lines += hanging("     ", words, width, MUTED, MUTED)
+def findings_words(found: Sequence[Reply], chosen: int, whole: bool, width: int, height: int) -> Content:
+    """The findings, the chosen one with its remedy and lines; where there is room, all of them with their remedies."""
+    every = [finding_lines(entry, number == chosen, True, width) for number, entry in enumerate(found)]
+    if sum(map(len, every)) > height:
+        every = [finding_lines(entry, number == chosen, number == chosen, width) for number, entry in enumerate(found)]
+    lines = [line for told in every for line in told]
     if not found:
         lines.append(Content.styled("✔ Nothing to mend was found.", "$text-success"))
     if not whole:
         lines.append(Content.styled("○ still looking for rows that say almost the same …", MUTED))
+    elif len(lines) + 2 <= height:
+        lines.append(Content.styled("\nl saves what becomes of every row: used, cut, left out and why", MUTED))
     return Content("\n").join(lines)
+
+
+def finding_lines(entry: Reply, here: bool, remedy: bool, width: int) -> list[Content]:
+    """A finding behind its weight in a word, with what to do about it, and where the person stands the lines."""
+    mark = f"{'▸' if here else ' '} {entry['mark']:<2} {WEIGHTS[entry['weight']]:<5}  "
+    under = " " * (len(mark) - 2)
+    lines = hanging(mark, entry["text"], width, HUES[entry["weight"]], "bold" if here else "")
+    if here and entry["detail"]:
+        lines += hanging(f"{under}  ", entry["detail"], width, MUTED, MUTED)
+    if remedy:
+        lines += hanging(f"{under}→ ", entry["remedy"], width, "$text-accent" if here else MUTED, "" if here else MUTED)
+    if here and (words := places_words(entry)):
+        lines += hanging(f"{under}  ", words, width, MUTED, MUTED)
+    return lines
 
 
 def hanging(lead: str, text: str, width: int, hue: str, style: str = "") -> list[Content]:
@@ -168,11 +192,12 @@ def lengths_words(count: Reply, limit: Reply | None, at: int, kept: int, width: 
     told = limit or {"limit": shape["limit"], "at": kept, "exact": count["exact"]}
     lines.append(limit_words(told, at, kept))
     lines.append(Content.assemble(("Answers       ", "bold"), percentile_words(answers)))
-    fill = f"{1 - shape['padded']:.0%} of a padded batch would be padding; laid end to end none"
-    lines.append(Content.assemble(("Batches       ", "bold"), fill))
+    lines += wrapped("Batches       ", batch_words(shape).split(" "), width, " ")
     about = "" if count["exact"] else f"about; a sample of {count['sampled']:,} was counted, c counts every row   "
     tokens = f"{count['tokens']:,} tokens an epoch, {count['trained_tokens']:,} of them trained"
     lines.append(Content.assemble(("Epoch         ", "bold"), (about, "$text-warning"), tokens))
+    if height >= ROOMY:
+        lines.append(Content.styled(TOKEN_HELP, MUTED))
     return Content("\n").join(lines)
 
 
@@ -185,7 +210,7 @@ def percentile_words(found: Mapping[str, int]) -> str:
 def histogram_lines(histogram: Reply, at: int, width: int, height: int) -> tuple[list[Content], list[Content]]:
     """Bars over a scale in tokens; what lies beyond the limit `at` is drawn light, and the limit marked below."""
     counts, edges = fewer(histogram["counts"], histogram["edges"], width)
-    wide = max(1, min(4, width // max(len(counts), 1)))
+    columns = columns_of(counts, width)
     most = max([*counts, 1])
     bars: list[Content] = []
     for level in range(height, 0, -1):
@@ -194,18 +219,30 @@ def histogram_lines(histogram: Reply, at: int, width: int, height: int) -> tuple
             fill = count / most * height - (level - 1)
             step = 0 if not count else max(0, min(8, round(fill * 8)))
             glyph = EIGHTHS[max(step, 1 if count and level == 1 else 0)]
+            wide = (number + 1) * columns // len(counts) - number * columns // len(counts)
             parts.append((glyph * wide, MUTED if edges[number] >= at else "$text-primary"))
         bars.append(Content.assemble(" ", *parts))
-    marks = [" "] * (len(counts) * wide + 12)
-    for number in range(0, len(edges), max(1, round_up(12 / wide))):
-        for place, letter in enumerate(f"{edges[number]:,}", number * wide):
+    marks = [" "] * (columns + 12)
+    for number in range(0, len(edges), max(1, round_up(12 * len(counts) / columns))):
+        for place, letter in enumerate(f"{edges[number]:,}", number * columns // len(counts)):
             if place < len(marks):
                 marks[place] = letter
-    step = edges[1] - edges[0]
-    place, words = min(round(at / step * wide), len(counts) * wide), f"limit {at:,}"
-    behind = place + len(words) + 2 < width
+    place, words = min(round(at / edges[-1] * columns), columns), f"limit {at:,}"
+    behind = place + len(words) + 2 < width and at <= edges[-1]
     pointer = " " * place + f"▲ {words}" if behind else f"{words} ▶".rjust(place + 1)
     return bars, [Content.styled(f" {''.join(marks).rstrip()}", MUTED), Content.styled(f" {pointer}", "$text-accent")]
+
+
+def tokens_at(histogram: Reply, column: int, width: int) -> int:
+    """The tokens that stand at a column of the histogram, from 0 at its left edge."""
+    counts, edges = fewer(histogram["counts"], histogram["edges"], width)
+    columns = columns_of(counts, width)
+    return round(edges[-1] * max(0, min(column, columns)) / columns)
+
+
+def columns_of(counts: Sequence[int], width: int) -> int:
+    """Columns that a histogram takes: all there are, but no more than four for a bar."""
+    return max(min(len(counts) * 4, width), 1)
 
 
 def fewer(counts: Sequence[int], edges: Sequence[int], most: int) -> tuple[list[int], list[int]]:
@@ -226,6 +263,7 @@ def wrapped(head: str, items: Sequence[str], width: int, between: str = " · ") 
             longer = item
         line = longer
     lines.append(line)
+    lines = [piece for line in lines for piece in textwrap.wrap(line, max(width - len(head), 20)) or [""]]
     return [
         Content.assemble((head if not number else " " * len(head), "bold"), words) for number, words in enumerate(lines)
     ]
@@ -249,7 +287,7 @@ def limit_words(told: Reply, at: int, kept: int) -> Content:
 # --- contents ---
 
 
-def contents_words(look: Reply, stage: str, width: int) -> Content:
+def contents_words(look: Reply, count: Reply, stage: str, width: int) -> Content:
     """Labels, turns, tools and columns: what the rows are made of."""
     content = look["content"]
     lines: list[Content] = []
@@ -260,10 +298,11 @@ def contents_words(look: Reply, stage: str, width: int) -> Content:
         words = f"{name}  {entry['kind'].upper()}, {entry['rows']:,} rows{blank}{weight}"
         lines.append(Content.assemble(("File     ", "bold"), words))
         lines += wrapped("Columns  ", [*column_items(entry), "m changes that"], width, "; ")
-    lines.append(Content.assemble(("Labels   ", "bold"), labels_words(look, stage, max(width - 60, 10))))
-    for number, (pattern, count) in enumerate(list(content["turns"].items())[:4]):
+    labels = labels_words(*balance(look, count), stage, max(width - 60, 10))
+    lines.append(Content.assemble(("Labels   ", "bold"), labels))
+    for number, (pattern, many) in enumerate(list(content["turns"].items())[:4]):
         head = "Turns    " if not number else "         "
-        lines.append(Content.assemble((head, "bold"), f"{count:,} rows: {clean(pattern, 80)}"))
+        lines.append(Content.assemble((head, "bold"), f"{counted(many, 'row')}: {clean(pattern, 80)}"))
     if len(content["turns"]) > 4:
         lines.append(Content.styled(f"         and {len(content['turns']) - 4} other patterns", MUTED))
     if content["tools"]:
@@ -285,12 +324,15 @@ def column_items(entry: Reply) -> list[str]:
     return [f"{shapes}: {', '.join(parts)}" if parts else shapes, *rest]
 
 
-def labels_words(look: Reply, stage: str, width: int) -> Content:
+def balance(look: Reply, count: Reply) -> tuple[Mapping[str, int], Sequence[float] | None]:
+    """(examples of an epoch by label, KTO's weights), after the length limit where all rows were counted."""
+    known = count if count and count["exact"] else look
+    return known["labels"], known["weights"]
+
+
+def labels_words(labels: Mapping[str, int], weights: Sequence[float] | None, stage: str, width: int) -> Content:
     """The balance of good and bad answers as a bar, and the weights that follow from it."""
-    labels = look["labels"]
-    good, bad, none = labels.get("true", 0), labels.get("false", 0), labels.get("none", 0)
-    if not good and not bad:
-        return Content("none" if none else "–")
+    good, bad, none = (labels.get(key, 0) for key in ("true", "false", "none"))
     if not bad or stage == "sft":
         parts = [f"{count:,} {word}" for count, word in ((good, "good"), (bad, "bad"), (none, "without")) if count]
         return Content(", ".join(parts))
@@ -299,8 +341,8 @@ def labels_words(look: Reply, stage: str, width: int) -> Content:
                         f" {bad:,} bad"]  # fmt: skip
     if none:
         bar.append((f", {none:,} without", MUTED))
-    if look["weights"]:
-        bar.append("   weights {:g} and {:g}".format(*look["weights"]))
+    if weights:
+        bar.append("   weights {:g} and {:g}".format(*weights))
     return Content.assemble(*bar)
 
 
@@ -308,64 +350,51 @@ def labels_words(look: Reply, stage: str, width: int) -> Content:
 
 
 def side_words(look: Reply, count: Reply, found: Sequence[Reply], limit: int, stage: str, width: int) -> Content:
-    """The other views in a column: how long the rows are, how their labels stand, what was found."""
-    lines: list[Content] = []
+    """The other views in a column: what was found, how long the rows are, how their labels stand, what they hold."""
+    lines = [Content.styled("Findings", "bold")]
+    for entry in found[:SIDE_FINDINGS]:
+        lines += hanging(f"{entry['mark']:<2} ", entry["text"], width, HUES[entry["weight"]])
+    if not found:
+        lines.append(Content.styled("✔ nothing to mend was found", "$text-success"))
+    if len(found) > SIDE_FINDINGS:
+        lines.append(Content.styled(f"   and {len(found) - SIDE_FINDINGS} more", MUTED))
     if count:
         longest = count["shape"]["row_percentiles"]
-        lines.append(Content.assemble(("Tokens a row", "bold"), (f"  95 of 100 up to {longest.get('95', 0):,}", MUTED)))
+        told = f"  95 of 100 up to {longest.get('95', 0):,}"
+        lines += [Content(""), Content.assemble(("Tokens a row", "bold"), (told, MUTED))]
         bars, scale = histogram_lines(count["shape"]["rows"], limit, width - 2, 5)
-        lines += [*bars, *scale, Content("")]
-    if look:
-        labels = look["labels"]
-        if stage == "kto" and labels.get("true") and labels.get("false"):
-            lines += [Content.styled("Labels", "bold"), labels_words({**look, "weights": None}, stage, width - 24)]
-            lines += hanging("", "weights {:g} and {:g}".format(*look["weights"]), width, MUTED, MUTED)
-            lines.append(Content(""))
-        tools = look["content"]["tools"]
-        turns = list(look["content"]["turns"].items())
-        lines += [Content.styled("Contents", "bold")]
-        lines += [line for pattern, many in turns[:2] for line in hanging(f"{many:,} × ", pattern, width, MUTED, MUTED)]
-        if tools:
-            lines += hanging("", f"{len(tools)} tools called, most often {next(iter(tools))}", width, MUTED, MUTED)
-        lines.append(Content(""))
-    if look:
-        lines.append(Content.styled("Findings", "bold"))
-        for entry in found[:6]:
-            lines += hanging(f"{entry['mark']:<2} ", entry["text"], width, HUES[entry["weight"]])
-        if not found:
-            lines.append(Content.styled("✔ nothing to mend was found", "$text-success"))
-        if len(found) > 6:
-            lines.append(Content.styled(f"and {len(found) - 6} more", MUTED))
+        lines += [*bars, *scale]
+    labels, weights = balance(look, count)
+    if stage == "kto" and labels.get("true") and labels.get("false"):
+        lines += [Content(""), Content.styled("Labels", "bold"), labels_words(labels, None, stage, width - 24)]
+        lines += hanging("", "weights {:g} and {:g}".format(*(weights or (1, 1))), width, MUTED, MUTED)
+    lines += [Content(""), Content.styled("Contents", "bold")]
+    for pattern, many in list(look["content"]["turns"].items())[:2]:
+        lines += hanging(f"{many:,} × ", pattern, width, MUTED, MUTED)
+    if tools := look["content"]["tools"]:
+        most = f"{counted(len(tools), 'tool')} called, most often {next(iter(tools))}"
+        lines += hanging("", most, width, MUTED, MUTED)
     return Content("\n").join(lines)
 
 
 # --- a line for each stage ---
 
 
-def summary(look: Reply, count: Reply | None) -> Content:
-    """Rows used and left out in a line, and how many findings there are."""
-    totals = look["totals"]
+def summary(look: Reply, count: Reply | None, stage: str) -> Content:
+    """What will be learned from in a line; below it what is left out, and how many things there are to mend."""
     if look["problem"]:
         problem = look["problem"]
         wrong = (f"✘ {clean(shorter(problem['error'], look['files'][0]['file']), 400)}", "$text-error")
         return Content.assemble(wrong, f" {clean(problem['advice'], 300)}")
-    gone = totals["left_out"]
-    parts: list[Any] = [(f"✔ {totals['rows']:,} rows", "$text-success"), f", {look['usable']:,} examples"]
-    labels = look["labels"]
-    named = [f"{labels[key]:,} {word}" for key, word in (("true", "good"), ("false", "bad"), ("none", "unlabelled"))
-             if labels.get(key)]  # fmt: skip
-    if labels.get("false") or len(named) > 1:
-        parts.append(f" ({', '.join(named)})")
-    if look["held_out"]:
-        parts.append(f", {look['held_out']:,} held out")
-    if gone:
-        parts.append((f"  {gone:,} left out", "$text-warning"))
-    found = [*look["findings"], *(count or {}).get("findings", [])]
-    if any(entry["weight"] < 2 for entry in found):
-        heaviest = order(found)[0]
-        parts.append((f"  {heaviest['mark']} {tally([entry for entry in found if entry['weight'] < 2])}",
-                      HUES[heaviest["weight"]]))  # fmt: skip
-    return Content.assemble(*parts)
+    told = headline(look, count, stage)
+    lines = [Content.assemble(("✔ ", "$text-success"), told.rows)]
+    below: list[Any] = [(f"  {clean(told.left_out, 400)}", "$text-warning")] if told.left_out else []
+    weighty = [entry for entry in [*look["findings"], *(count or {}).get("findings", [])] if entry["weight"] < 2]
+    if weighty:
+        heaviest = order(weighty)[0]
+        words = f"{heaviest['mark']} {len(weighty)} to mend"
+        below += ["  ", (words, HUES[heaviest["weight"]]), (" (key 2)", MUTED)]
+    return Content("\n").join([*lines, Content.assemble(*below)] if below else lines)
 
 
 def shorter(words: str, file: str) -> str:

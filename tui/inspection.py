@@ -12,6 +12,7 @@ from textual.message import Message
 from core.errors import FinetuiError
 from core.lens import Lens, Looks, Reply
 from core.plan import Plan
+from core.sources import is_untuned
 from tui.data_room import DataRoom, row_key
 from tui.data_views import MUTED, hub_words, progress_words, shorter, summary
 from tui.draft import Checked, Draft
@@ -61,7 +62,9 @@ class Inspection:
     def forget(self, stage: str) -> None:
         """The rows of a stage were named anew."""
         self.looks.end(stage)
-        for known in (self.usable, self._looked, self._reports, self._hubs, self.words):
+        for known in (
+            self.usable, self._looked, self._reports, self._hubs, self.words, self._replies, self._counted, self.counts
+        ):  # fmt: skip
             known.pop(stage, None)
 
     def look(self, found: Checked, draft: Draft, *, fetch: tuple[str, ...] = ()) -> None:
@@ -113,7 +116,7 @@ class Inspection:
         else:
             report = self._reports[stage] = said["report"]
             self.usable[stage] = None if report["problem"] else int(report["usable"])
-            self.words[stage] = summary(report, self._replies.get(stage))
+            self.words[stage] = summary(report, self._replies.get(stage), stage)
         if room:
             self.fill(room, stage)
         return True
@@ -165,7 +168,7 @@ class Inspection:
         self.counts[slot] = Count.of_reply(reply)
         self._replies[slot] = reply
         if slot in self._reports:
-            self.words[slot] = summary(self._reports[slot], reply)
+            self.words[slot] = summary(self._reports[slot], reply, slot)
         if room and plan:
             room.tell_count(slot, reply, plan.stage(slot).max_length)
         return True
@@ -175,10 +178,17 @@ class Inspection:
         self._counted.clear()
 
     def save_ledger(self, plan: Plan, stage: str, path: Path) -> None:
-        """Have the ledger of a stage written by a child, which says when it is done."""
-        data, seed = plan.stage(stage).data.model_dump(mode="json"), plan.stage(stage).seed
-        request = {"stage": stage, "data": data, "seed": seed, "near": False, "ledger": str(path)}
-        self.looks.look(LEDGER_SLOT, LEDGER_SLOT, request)
+        """Have the ledger of a stage written by a child, which says when it is done; with tokens and cuts where all
+        rows were counted."""
+        if path.exists():
+            raise FinetuiError(f"{path} exists already.", "Choose another name.")
+        if self._replies.get(stage, {}).get("exact"):
+            asked = {"do": "count", "key": str(path), "plan": plan.model_dump(mode="json"), "stage": stage}
+            self.lens.ask(LEDGER_SLOT, {**asked, "ledger": str(path)})
+        else:
+            data, seed = plan.stage(stage).data.model_dump(mode="json"), plan.stage(stage).seed
+            request = {"stage": stage, "data": data, "seed": seed, "near": False, "ledger": str(path)}
+            self.looks.look(LEDGER_SLOT, LEDGER_SLOT, request)
 
     def fill(self, room: DataRoom, stage: str, plan: Plan | None = None) -> None:
         """Tell a data room what is known of a stage."""
@@ -196,10 +206,3 @@ class Inspection:
         files = self._reports.get(stage, {}).get("files", [])
         names = dict.fromkeys(name for entry in files for name in entry["columns"])
         return list(names), {part: name for entry in files for part, name in entry["parts"].items()}
-
-
-def is_untuned(plan: Plan) -> bool:
-    """Whether KTO would start from a model that was not tuned here."""
-    name = plan.model.name
-    tuned = name.startswith("run:") or (Path(name) / "adapter_config.json").is_file()
-    return plan.method == "kto" and not tuned

@@ -62,7 +62,8 @@ class Words(Static):
     def say(self, words: str | Content) -> None:
         """Show something else; nothing is redrawn where it is the same."""
         safe = self._safe(words)
-        if safe != self.content:
+        shown = self.content
+        if not (isinstance(shown, Content) and safe.is_same(shown)):  # == compares no colours
             self.update(safe)
 
     @staticmethod

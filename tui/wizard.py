@@ -17,12 +17,12 @@ from core import runner
 from core.commands import preflight
 from core.config import save_plan
 from core.errors import FinetuiError
-from core.lens import Lens
+from core.lens import Lens, Reply
 from core.plan import Plan
 from core.ready import Standby
 from core.runs import Run, create_run
 from core.text import clean
-from tui.completion import remember
+from tui.completion import remember, remember_columns
 from tui.data_page import ColumnsScreen, DataPage
 from tui.data_room import DataRoom
 from tui.dialogs import Ask
@@ -346,10 +346,7 @@ class WizardScreen(Room[Run | None]):
     @on(LookSaid)
     def look_said(self, event: LookSaid) -> None:
         if event.stage == LEDGER_SLOT:
-            if "error" in event.said:
-                self.notify(clean(event.said["error"], 300), severity="error", markup=False)
-            elif "saved" in event.said:
-                self.notify(clean(event.said["saved"], 300), title="Saved", markup=False)
+            self.ledger_saved(event.said, event.said.get("saved", ""))
             return
         known = self.inspection.heard(event, self.room)
         self.report_rows()
@@ -377,7 +374,9 @@ class WizardScreen(Room[Run | None]):
 
     @on(LensSaid)
     def lens_said(self, event: LensSaid) -> None:
-        if self.inspection.answered(event, self.plan, self.room):
+        if event.slot == LEDGER_SLOT:
+            self.ledger_saved(event.reply, event.reply["key"])
+        elif self.inspection.answered(event, self.plan, self.room):
             self.report_rows()
             self.show_counts()
 
@@ -417,7 +416,9 @@ class WizardScreen(Room[Run | None]):
 
     def take_columns(self, stage: str, found: dict[str, str] | None) -> None:
         if found is not None and found != self.draft.data[stage].columns:
-            self.draft.data[stage] = self.draft.data[stage].model_copy(update={"columns": found})
+            rows = self.draft.data[stage] = self.draft.data[stage].model_copy(update={"columns": found})
+            with contextlib.suppress(FinetuiError):
+                remember_columns(rows)
             self.rows_wanted(DataPage.Wanted(stage))
             self.edited()
 
@@ -427,9 +428,18 @@ class WizardScreen(Room[Run | None]):
         self.look_closer()
 
     def save_ledger(self, stage: str, name: str | None) -> None:
-        """Have every row of a stage written with its fate, as far as it goes before anything is tokenised."""
+        """Have every row of a stage written with its fate."""
         if name and self.plan:
-            self.inspection.save_ledger(self.plan, stage, Path(name).expanduser().absolute())
+            try:
+                self.inspection.save_ledger(self.plan, stage, Path(name).expanduser().absolute())
+            except FinetuiError as error:
+                self.notify(clean(error, 300), severity="error", markup=False)
+
+    def ledger_saved(self, said: Reply, path: str) -> None:
+        if "error" in said:
+            self.notify(clean(said["error"], 300), severity="error", markup=False)
+        elif path:
+            self.notify(clean(path, 300), title="Saved", markup=False)
 
     @work(thread=True, group="start", exit_on_error=False)
     def start(self) -> None:

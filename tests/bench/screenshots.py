@@ -62,7 +62,7 @@ def in_kto(step: int) -> Callable[[Any], bool]:
 
 async def until(pilot: Pilot[Any], *words: str) -> None:
     """Wait until the screen shows these words."""
-    for _ in range(500):
+    for _ in range(3000):
         await pilot.pause(0.04)
         text = pilot.app.export_screenshot().replace("&#160;", " ")
         if all(word.replace("&", "&amp;") in text for word in words):
@@ -86,7 +86,7 @@ async def take(folder: Path, out: Path) -> None:
         await until(pilot, "KTO margin", "44/72")
         save("dashboard")
         await pilot.press("escape", "n", "enter", "enter")
-        await until(pilot, "480 rows", "tool_call")
+        await until(pilot, "480 rows: all will be", "320 rows: all will be", "tool_call", "Tokens a row")
         save("data")
         await pilot.press("enter", "enter")
         await until(pilot, "ready", "finetui demo")
