@@ -12,7 +12,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2])]
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
 
 from harness import Place, until  # noqa: E402
 
@@ -83,7 +84,9 @@ def main(target: Path) -> None:
             for line in lines:
                 line.pop("boot", None)  # elsewhere, every recording would be of a machine that was restarted
             text = "".join(json.dumps(line) + "\n" for line in lines if line["kind"] != "phase")
-            (target / f"{run.name}.jsonl").write_text(text.replace(str(place.folder), "/home/you"))
+            (target / f"{run.name}.jsonl").write_text(
+                text.replace(str(place.folder), "/home/you").replace(str(HERE.parents[1]), "/home/you/finetui")
+            )
             print(run.name, subprocess.run(
                 [sys.executable, "-P", "-m", "core.cli", "show", run.name, "--runs-dir", str(run.path.parent)],
                 capture_output=True, text=True, check=False).stdout)  # fmt: skip

@@ -81,13 +81,9 @@ def test_a_recorded_failure_is_told_with_evidence_and_a_way_on(path: Path, named
     card = post_mortem(run, state.end_status or "crashed")
     assert card is not None and card.cause.kind == path.stem
     words = dict(card.lines("f"))
-    assert (
-        card.title.startswith("SFT failed ")
-        and words["what"]
-        and words["cause"]
-        and words["advice"]
-        and words["memory"]
-    )
+    assert card.title.startswith("SFT failed ") and words["cause"] and words["memory"]
+    assert path.stem == "vanished" or words["what"]
+    assert words.get("advice") or "resumes" in words["remedy"] or "begins the stage again" in words["remedy"]
     assert ("remedy" in words) == (path.stem not in ("model-damaged", "package", "rows-changed"))
     if path.stem in ("native-crash", "package", "model-damaged", "not-finite"):
         assert words["log"]
