@@ -201,7 +201,7 @@ async def test_rows_are_looked_into_while_one_types(folder: Path, rows_file: Cal
     ("log", "words"),
     [
         ("done", ["✔ done", "40 held-out prompts", "after KTO", "[78–100]", "model after KTO", "✔ evaluate"]),
-        ("failed", ["✘ failed", "CUDA out of memory", "Lower sft.batch_size", "r goes on"]),
+        ("failed", ["✘ failed", "CUDA out of memory", "Fewer rows at once", "f sets sft.batch_size 4 → 2"]),
         ("stopped", ["■ stopped", "65/110", "r goes on"]),
         ("nan", ["✘ crashed", "not finite", "ended without a word"]),
         ("torn", ["✘ crashed", "18/44", "margin 0.54"]),

@@ -43,7 +43,7 @@ async def test_what_is_asked_for_is_looked_at_then_made_by_a_run_that_outlives_t
         await pilot.press("enter")
         await shows(pilot, "Enter start")
         await pilot.press("enter")
-        await shows(pilot, "SFT", "merge", "u Merge, GGUF, upload")
+        await shows(pilot, "SFT", "merge", "u Export")
     assert finish(run) == "done" and (run.path / "merge" / "merged_16bit" / "finetui.json").is_file()
 
 
@@ -104,7 +104,7 @@ async def test_a_recorded_log_cannot_be_exported(folder: Path, folder_made: None
     app = FinetuiApp(folder, recording(log))
     async with app.run_test(size=(80, 24)) as pilot:
         text = await shows(pilot, "✔ done after")
-        assert "Merge, GGUF, upload" not in text
+        assert "u Export" not in text
         await pilot.press("u")
         assert not isinstance(app.screen, ExportScreen)
 

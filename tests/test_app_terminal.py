@@ -167,7 +167,7 @@ def test_foreign_text_reaches_no_control_of_the_terminal(terminal: Terminal, tmp
     terminal.open()
     terminal.shows("evil", "✘ failed")
     terminal.press("Enter")
-    terminal.shows("[/x]", "l shows the log")
+    terminal.shows("[/x]", "f begins the stage again")
     terminal.press("l")
     terminal.shows("log of evil", "␛]2;TAKEN")
     assert terminal.tmux("display-message", "-p", "#{pane_title}").strip() != "TAKEN"

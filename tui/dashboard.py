@@ -57,12 +57,12 @@ class Body(VerticalScroll):
 
 class DashboardScreen(RunRoom):
     BINDINGS = [
-        Binding("s", "stop", "Stop with checkpoint"),
+        Binding("s", "stop", "Stop"),
         Binding("a", "abort", "Abort"),
+        Binding("f", "fix", "Fix and resume"),
         Binding("r", "resume", "Resume"),
-        Binding("f", "fix", "Do what the card advises, and resume", show=False),
         Binding("k", "kto", "KTO from here"),
-        Binding("u", "export", "Merge, GGUF, upload"),
+        Binding("u", "export", "Export"),
         Binding("v", "evaluate", "Evaluate"),
         Binding("i", "try_it", "Try it"),
         Binding("l", "log", "Log"),
@@ -206,7 +206,7 @@ class DashboardScreen(RunRoom):
             self._result = snapshot.state.result
             result.update(shown_result(self._result, max(20, self.size.width - 4)) or "")
         result.display = bool(self._result)
-        words = Content("\n").join(filter(None, [end_words(snapshot), next_words(snapshot)]))
+        words = Content("\n").join(filter(None, [end_words(snapshot, self.size.width - 8), next_words(snapshot)]))
         for name, said in (("#end", words), ("#alerts", alert_words(worrying))):
             place = self.query_one(name, Words)
             place.display = bool(said)

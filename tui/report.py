@@ -2,6 +2,7 @@
 
 import shlex
 import socket
+import textwrap
 import time
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
@@ -127,8 +128,11 @@ def _last_figures(snapshot: Snapshot) -> str:
     return "   ".join([*parts, f"margin {number(margin, 3)}"] if margin is not None else parts)
 
 
-def end_words(snapshot: Snapshot) -> Content:
-    """After the end: where the model is, or what went wrong and what to try. Empty while the run lives."""
+def end_words(snapshot: Snapshot, width: int = 0) -> Content:
+    """After the end: where the model is, or what went wrong and what to try. Empty while the run lives.
+
+    With a `width` in cells what goes over a line is set below its beginning.
+    """
     if snapshot.live:
         return Content("")
     lines = []
@@ -139,7 +143,7 @@ def end_words(snapshot: Snapshot) -> Content:
                 Content.assemble((f"✔ model after {STAGE_NAMES[stage.name]}: ", "$text-success"), clean(path, 400))
             )
     lines += made_words(snapshot.state, str(snapshot.run.path))
-    lines += card_words(snapshot)
+    lines += card_words(snapshot, width)
     told = snapshot.card is not None and snapshot.card.remedy is not None
     if snapshot.status in ("failed", "crashed", "stopped", "aborted") and not (
         told or isinstance(snapshot.run, Recording)
@@ -148,7 +152,10 @@ def end_words(snapshot: Snapshot) -> Content:
     return Content("\n").join(lines)
 
 
-def card_words(snapshot: Snapshot) -> list[Content]:
+CARD_INDENT = 10
+
+
+def card_words(snapshot: Snapshot, width: int = 0) -> list[Content]:
     """The card of a run that failed: what happened, evidence, cause, and the key that applies the remedy."""
     if not (card := snapshot.card):
         return []
@@ -157,7 +164,9 @@ def card_words(snapshot: Snapshot) -> list[Content]:
         if word == "remedy" and isinstance(snapshot.run, Recording):
             continue
         hue = "bold $text-success" if word == "remedy" else "$foreground-muted" if word == "log" else ""
-        lines.append(Content.assemble((f"  {word:<7} ", "$foreground-muted"), (text, hue)))
+        if width > 3 * CARD_INDENT:
+            text = f"\n{' ' * CARD_INDENT}".join(textwrap.wrap(text, width - CARD_INDENT))
+        lines.append(Content.assemble((f"  {word:<{CARD_INDENT - 3}} ", "$foreground-muted"), (text, hue)))
     return lines
 
 
