@@ -67,7 +67,7 @@ def refuse_small_disk(plan: Plan, source: ModelSource, steps: Mapping[str, int],
     needed = dict(found.needed)
     if os.stat(nearest(cache_dir())).st_dev != os.stat(nearest(folder)).st_dev:
         needed = {what: count for what, count in needed.items() if what not in CACHED}
-    if sum(needed.values()) > found.free:
+    if found.free and sum(needed.values()) > found.free:  # nothing free is no place for runs, which is told elsewhere
         words = ", ".join(f"{what} {size_words(count)}" for what, count in needed.items())
         raise FinetuiError(
             f"The run and what is made of it take about {size_words(sum(needed.values()))} ({words}); "

@@ -173,10 +173,12 @@ async def test_a_child_that_dies_is_told_of_and_started_again(
 
 def test_marks_are_a_colour_and_an_underline() -> None:
     assert "underline" in TRAINED and "$" in TRAINED
-    reply = {"segments": [["<s>", False, True], ["hi\n", False, False], ["yes", True, False]], "left_out": "", "cut": 3}
-    reply["label"] = False
-    content = row_words("kto", reply)
-    assert content.plain == "! 3 tokens are cut from the left\nprompt\n<s>hi\ncompletion, labelled false\nyes"
+    reply = {"segments": [["<s>", False, True, 1], ["hi\n", False, False, 1], ["yes", True, False, 1]], "left_out": ""}
+    turns = [{"role": role, "start": start, "tokens": tokens, "trained": trained}
+             for role, start, tokens, trained in (("user", 0, 2, 0), ("assistant", 2, 1, 1))]  # fmt: skip
+    content = row_words("kto", {**reply, "turns": turns, "label": False, "cut": 3, "tokens": 3})
+    told = "user 2 tokens (prompt)\n<s>hi\nassistant 1 token, 1 trained: the completion, labelled false\nyes"
+    assert content.plain == f"! 3 tokens are cut from the left\n{told}"
 
 
 # --- settings ---
