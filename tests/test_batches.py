@@ -4,11 +4,14 @@ from collections import Counter
 
 import pytest
 from conftest import SHARED_DATA
-from hypothesis import assume, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from core.batches import batch_sizes, kto_batches, padding, repeats
 from core.data import read_rows
+
+# Hypothesis itself throws away what it drew where an epoch grows large, and counts that as filtering.
+EPOCHS = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
 
 
 @st.composite
@@ -33,7 +36,7 @@ def test_batches_are_full_but_one_and_none_holds_a_single_row(rows: int, batch_s
     assert sizes[-1] <= batch_size + 1 and (sizes[-1] >= 2 or rows == 1)
 
 
-@settings(max_examples=150, deadline=None)
+@EPOCHS
 @given(epochs())
 def test_every_row_stands_in_one_batch_and_no_batch_has_one_row(epoch: tuple[list[bool], list[int], int, int]) -> None:
     labels, prompts, batch_size, seed = epoch
@@ -43,7 +46,7 @@ def test_every_row_stands_in_one_batch_and_no_batch_has_one_row(epoch: tuple[lis
     assert min(len(batch) for batch in batches) >= 2
 
 
-@settings(max_examples=150, deadline=None)
+@EPOCHS
 @given(epochs())
 def test_both_labels_are_spread_as_evenly_as_their_counts_allow(epoch: tuple[list[bool], list[int], int, int]) -> None:
     labels, prompts, batch_size, seed = epoch
@@ -64,7 +67,7 @@ def test_a_short_last_batch_gets_a_row_of_the_rarer_label_when_there_is_one_to_s
     assert [len(batch) - good(batch, labels) for batch in batches] == [1, 1, 1]
 
 
-@settings(max_examples=150, deadline=None)
+@EPOCHS
 @given(epochs())
 def test_no_row_stands_beside_a_row_with_its_prompt(epoch: tuple[list[bool], list[int], int, int]) -> None:
     labels, prompts, batch_size, seed = epoch
@@ -128,7 +131,7 @@ def test_the_real_file_with_766_doubly_labelled_prompts_is_batched_without_repea
         assert one_class == max(len(batches) - labels.count(False), 0)
 
 
-@settings(max_examples=150, deadline=None)
+@EPOCHS
 @given(epochs(), st.integers(2, 5), st.integers(2, 4), st.booleans())
 def test_a_step_holds_the_same_rows_however_many_micro_batches_it_goes_through(
     epoch: tuple[list[bool], list[int], int, int], size: int, parts: int, with_lengths: bool

@@ -89,7 +89,8 @@ def segments_words(stage: str, reply: Reply) -> Content:
         if at in turns and (len(turns) > 1 or stage == "kto"):
             turn = turns[at]
             lead = "" if not parts or str(parts[-1][0]).endswith("\n") else "\n"
-            words = f"{turn['tokens']:,} token{'s' if turn['tokens'] != 1 else ''}" + (f", {turn['trained']:,} trained" if turn["trained"] else "")
+            words = f"{turn['tokens']:,} token{'s' if turn['tokens'] != 1 else ''}"
+            words += f", {turn['trained']:,} trained" if turn["trained"] else ""
             if stage == "kto":
                 words += " (prompt)" if at != last else f": the completion, labelled {str(reply.get('label')).lower()}"
             parts += [(f"{lead}{clean(turn['role'], 20)} ", f"bold {MUTED}"), (f"{words}\n", MUTED)]
