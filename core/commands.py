@@ -11,6 +11,7 @@ from typing import Any
 
 from core import runner
 from core.backend import make_plan
+from core.children import CHILD_ENV, stage_environment
 from core.config import Resolved
 from core.console import open_app, print_json, take_token
 from core.data import Conversation
@@ -168,7 +169,7 @@ def look(plan: Resolved, how: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="finetui-") as folder:
         save_plan(plan, Path(folder) / "plan.yaml")
         command = [sys.executable, "-P", "-m", "core.train_dry", folder, how]
-        environment = {**runner.CHILD_ENV, **os.environ, **runner.stage_environment(plan.plan)}
+        environment = {**CHILD_ENV, **os.environ, **stage_environment(plan.plan)}
         if how == "data":
             environment["FINETUI_BACKEND"] = "trl"  # rows are tokenised without Unsloth, which takes half a minute
         child = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)

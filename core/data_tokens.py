@@ -255,7 +255,7 @@ def _make(ledger: Ledger, which: "numpy.ndarray", template: Template, folder: Pa
 
 def _make_in_children(job: bytes, folder: Path, step: Step | None, count: int) -> None:
     """Let ``core.train_tokens`` tokenise side by side; it ends when this process does."""
-    from core.runner import CHILD_ENV
+    from core.children import CHILD_ENV
 
     with tempfile.TemporaryFile() as errors:
         child = subprocess.Popen(

@@ -15,10 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
+from core.children import CHILD_ENV, stage_environment
 from core.config import Resolved, save_plan
 from core.errors import FinetuiError
 from core.plan import Plan
-from core.runner import CHILD_ENV, stage_environment
 
 Reply = dict[str, Any]
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}

@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 
+from core.children import CHILD_ENV, LOCK_ENV, stage_environment
 from core.plan import Plan
 from core.stages import TRAINING_STAGES
 from core.turns import device_of, in_use
@@ -45,8 +46,6 @@ class Standby:
 
     def prepare(self, plan: Plan) -> None:
         """Have somebody wait for this plan; who waits for another kind of plan is let go."""
-        from core.runner import stage_environment
-
         with self._one_at_a_time:
             environment = stage_environment(plan)
             if self._ready and self._ready.fits(environment):
@@ -76,14 +75,12 @@ class Ready:
     """A runner and a trainer in waiting, as the one sees them who had them started. `environment` is the trainer's."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
-        from core.runner import CHILD_ENV
-
         self.environment = dict(environment)
         self.socket, theirs = socket.socketpair()
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "core.ready"], stdin=theirs.fileno(), stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL, cwd=tempfile.gettempdir(), start_new_session=True,
+                [sys.executable, "-P", "-m", "core.runner", "--ready"], stdin=theirs.fileno(),
+                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tempfile.gettempdir(), start_new_session=True,
                 env={**CHILD_ENV, **os.environ, **environment},
             )  # fmt: skip
 
@@ -148,21 +145,17 @@ def await_stage() -> bool:
     return True
 
 
-def main() -> int:
-    """The runner's process: wait for the run, then be its runner."""
-    from core import runner
-
-    trainer = ReadyTrainer()
+def await_run() -> bool:
+    """In the runner: wait until a run is given, and become its process. False where none will be."""
     message, files = _receive(socket.socket(fileno=os.dup(0)))
     if message is None:
-        trainer.end()
-        return 0
+        return False
     os.environ.update(message["environment"])
     lock, log = files
     _write_to(log)
     sys.argv[1:] = [message["run"]]
-    os.environ[runner.LOCK_ENV] = str(lock)
-    return runner.main(trainer)
+    os.environ[LOCK_ENV] = str(lock)
+    return True
 
 
 def _write_to(log: int) -> None:
@@ -198,7 +191,3 @@ def _receive(source: socket.socket, *, acknowledge: bool = False) -> tuple[dict[
                 source.sendall(b"!")
             return json.loads(first + rest), files
     return None, []
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -22,6 +22,7 @@ import psutil
 
 from core import __version__, gpu
 from core.artefacts import output_of
+from core.children import CHILD_ENV, LOCK_ENV, stage_environment
 from core.errors import FinetuiError
 from core.machine_use import boot_id, oom_kills, system, versions
 from core.runs import Run, create_run, find_run, is_alive, process_lives, take_lock, write_holder
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from core.plan import Plan
     from core.ready import Ready, ReadyTrainer
 
-LOCK_ENV = "FINETUI_LOCK_FD"
 ON_END_ENV = "FINETUI_ON_END"
 """A shell command for the run's end. It travels in the environment alone, since it may hold a secret (a webhook's
 address): no file of the run has it, no trainer sees it, and a later `finetui resume` needs it set again."""
@@ -47,19 +47,6 @@ LAST_WORDS_BYTES = 1 << 20
 """Of free disk, below which no samples are written: what is left is for how the run ends."""
 SAMPLE_S = 5.0
 ABORT_GRACE_S = 15.0
-CHILD_ENV = {
-    "PYTHONFAULTHANDLER": "1",  # a crash in native code leaves the line of Python in train.log
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "DO_NOT_TRACK": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "PYTHONUNBUFFERED": "1",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # counts as nvidia-smi and NVML do
-    "UNSLOTH_MOE_STACKED_LORA": "0",  # TRL's KTO copies an adapter by its parameters' names, which stacking hides
-    # Threads that spin while they wait starve each other when anything else runs: 4 times slower on two busy cores.
-    # Sleeping costs a fifth of the pace on idle ones; spinning a little (GOMP_SPINCOUNT) halves it on busy ones.
-    "OMP_WAIT_POLICY": "PASSIVE",
-}
 _started: list[subprocess.Popen[bytes]] = []
 
 __all__ = ["abort", "create_run", "find_run", "resume", "start"]
@@ -130,18 +117,6 @@ def _spawn(
         command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
         start_new_session=True, pass_fds=(handle,) if turn is None else (handle, turn),
     )  # fmt: skip
-
-
-def stage_environment(plan: "Plan") -> dict[str, str]:
-    """What a stage's process must find in its environment before it imports anything: its backend and its GPU."""
-    chosen: dict[str, str] = {"FINETUI_BACKEND": plan.backend}
-    if plan.device == "cuda" and plan.gpu is not None:
-        chosen["CUDA_VISIBLE_DEVICES"] = str(plan.gpu)
-    given = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys()
-    # In WSL2 such segments end in "CUDA driver error: unknown error" (pytorch/pytorch#192330).
-    if plan.device == "cuda" and not given and not gpu.in_wsl():
-        chosen["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
-    return chosen
 
 
 def _end_group(pid: int, reap: Callable[[], object] = bool) -> None:
@@ -382,8 +357,16 @@ def _exit_words(code: int) -> str:
     return f"signal {-code}"
 
 
-def main(ready: "ReadyTrainer | None" = None) -> int:
-    """The runner's process: ``python -P -m core.runner RUN``, with the lock inherited."""
+def main() -> int:
+    """The runner's process: ``python -P -m core.runner RUN``, its lock inherited, or ``--ready`` to be given both."""
+    ready = None
+    if sys.argv[1:] == ["--ready"]:
+        from core.ready import ReadyTrainer, await_run
+
+        ready = ReadyTrainer()
+        if not await_run():
+            ready.end()
+            return 0
     guard_output()
     run = Run(Path(sys.argv[1]))
     inherited = os.environ.pop(LOCK_ENV, None)

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 from typing import IO, Any
 
-from core.runner import CHILD_ENV
+from core.children import CHILD_ENV
 from core.runs import Run
 from core.trust import refuse_strangers
 

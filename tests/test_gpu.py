@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from core import gpu
+from core.children import stage_environment
 from core.gpu import GpuSample, Sampler, sample_as_event
 from core.plan import Plan
-from core.runner import stage_environment
 
 GIB = 1 << 30
 NOT_SUPPORTED, DRIVER_NOT_LOADED, LIBRARY_NOT_FOUND, FUNCTION_NOT_FOUND, GPU_IS_LOST = 3, 9, 12, 13, 15

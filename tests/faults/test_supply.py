@@ -48,6 +48,6 @@ def test_set_up_uses_the_lock_and_checks_hashes() -> None:
 
 
 def test_children_are_told_to_report_nothing() -> None:
-    from core.runner import CHILD_ENV
+    from core.children import CHILD_ENV
 
     assert CHILD_ENV["HF_HUB_DISABLE_TELEMETRY"] == "1" and CHILD_ENV["DO_NOT_TRACK"] == "1"

@@ -1,0 +1,36 @@
+"""What our child processes find in their environment before they import anything. No torch."""
+
+import os
+from typing import TYPE_CHECKING
+
+from core import gpu
+
+if TYPE_CHECKING:
+    from core.plan import Plan
+
+LOCK_ENV = "FINETUI_LOCK_FD"
+CHILD_ENV = {
+    "PYTHONFAULTHANDLER": "1",  # a crash in native code leaves the line of Python in train.log
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "DO_NOT_TRACK": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONUNBUFFERED": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # counts as nvidia-smi and NVML do
+    "UNSLOTH_MOE_STACKED_LORA": "0",  # TRL's KTO copies an adapter by its parameters' names, which stacking hides
+    # Threads that spin while they wait starve each other when anything else runs: 4 times slower on two busy cores.
+    # Sleeping costs a fifth of the pace on idle ones; spinning a little (GOMP_SPINCOUNT) halves it on busy ones.
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
+
+
+def stage_environment(plan: "Plan") -> dict[str, str]:
+    """What a stage's process must find in its environment before it imports anything: its backend and its GPU."""
+    chosen: dict[str, str] = {"FINETUI_BACKEND": plan.backend}
+    if plan.device == "cuda" and plan.gpu is not None:
+        chosen["CUDA_VISIBLE_DEVICES"] = str(plan.gpu)
+    given = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys()
+    # In WSL2 such segments end in "CUDA driver error: unknown error" (pytorch/pytorch#192330).
+    if plan.device == "cuda" and not given and not gpu.in_wsl():
+        chosen["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+    return chosen
