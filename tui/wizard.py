@@ -44,6 +44,7 @@ class WizardScreen(Room[Run | None]):
 
     BINDINGS = [
         Binding("enter", "next", "Next"),
+        Binding("enter", "start_run", "Start"),
         Binding("escape", "back", "Back"),
         Binding("d", "dry_run", "Dry run"),
         Binding("v", "save", "Save as YAML"),
@@ -158,10 +159,13 @@ class WizardScreen(Room[Run | None]):
         foreseen = self.foreseen if self.draft.step == len(STEPS) - 1 else None
         if action in ("wait", "other_gpu"):
             return bool(foreseen and (foreseen.busy if action == "wait" else foreseen.other_gpu is not None))
-        return self.draft.step == len(STEPS) - 1 if action in ("save", "dry_run") else True
+        last = self.draft.step == len(STEPS) - 1
+        return last if action in ("save", "dry_run", "start_run") else not last if action == "next" else True
 
     def action_next(self) -> None:
         self.post_message(self.Turn(1))
+
+    action_start_run = action_next
 
     def action_back(self) -> None:
         self.post_message(self.Turn(-1))
