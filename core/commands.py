@@ -18,6 +18,7 @@ from core.data import Conversation
 from core.errors import FinetuiError
 from core.flags import settings_of
 from core.heldout import NO_PROMPTS, NO_PROMPTS_ADVICE, held_out, prompts_of
+from core.hub import refuse_name
 from core.paths import configs_dir, runs_dir
 from core.plan import DataPlan, Plan, StagePlan
 from core.runs import Run, create_run, delete_run, find_run, list_runs, request_stop, status, summary
@@ -102,6 +103,7 @@ def preflight(plan: Plan) -> list[str]:
     for stage in plan.training_stages:
         settings = plan.stage(stage)
         if settings.data.dataset and not (settings.data.file or settings.data.files):
+            refuse_name(settings.data.dataset)
             continue
         ledger = stage_ledger(settings, stage, lambda text: None)
         _refuse_hopeless_limit(stage, settings, Rows(ledger).each(ledger.used), source.base)

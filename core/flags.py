@@ -1,6 +1,8 @@
 """The flags of every command. Those of the training commands are made from the plan."""
 
 import argparse
+import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -22,7 +24,12 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are FinetuiErrors with a way forward."""
 
     def error(self, message: str) -> NoReturn:
-        raise FinetuiError(f"{message}.", f"`{self.prog} --help` lists what there is.")
+        advice = f"`{self.prog} --help` lists what there is."
+        if found := re.match(r"argument COMMAND: invalid choice: '(.*?)' \(choose from (.*)\)", message):
+            near = difflib.get_close_matches(found[1], re.findall(r"[\w-]+", found[2]), 1)
+            advice = f"Did you mean {near[0]}? {advice}" if near else advice
+            message = f"There is no command {found[1]!r}"
+        raise FinetuiError(f"{message}.", advice)
 
 
 def flags_of(method: str | None) -> dict[str, list["Option"]]:

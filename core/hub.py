@@ -7,6 +7,8 @@ import threading
 import urllib.error
 import urllib.request
 
+from core.errors import FinetuiError
+
 HUB_TIMEOUT_S = 5.0
 HUB_ADVICE = "Check the name and the network; a private one needs HF_TOKEN in the environment."
 
@@ -14,6 +16,18 @@ HUB_ADVICE = "Check the name and the network; a private one needs HF_TOKEN in th
 def hub_token() -> str | None:
     """The Hub's token from the environment; None lets the Hub's own login decide."""
     return os.environ.get("HF_TOKEN") or None
+
+
+def refuse_name(name: str) -> None:
+    """Raises FinetuiError for what cannot be the name of a repository: OWNER/NAME, or NAME alone for very old ones."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        advice = "Give OWNER/NAME; a file goes into --local-file."
+        raise FinetuiError(f"{name!r} is no name on the Hub.", advice) from error
 
 
 def hub_status(path: str = "") -> int | None:

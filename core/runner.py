@@ -81,7 +81,9 @@ def start(run: Run, *task: str, ready: "Ready | None" = None) -> int:
 def resume(run: Run) -> int:
     """Start a run again that is not alive and not done. Raises FinetuiError."""
     if is_alive(run):
-        raise FinetuiError(f"{run.name} is running already.", f"Watch it with `finetui watch {run.name}`.")
+        stopping = run.stop_path.exists() or run.abort_path.exists()
+        words = "is stopping: it can be resumed once it has ended" if stopping else "is running already"
+        raise FinetuiError(f"{run.name} {words}.", f"Watch it with `finetui watch {run.name}`.")
     plan = run.plan()
     # A runner that was killed after its last stage has left all but the word that it is done.
     if run.state().end_status == "done" and all(run.stage_done(stage) for stage in plan.stages):

@@ -33,6 +33,8 @@ class EventCallback(TrainerCallback):
         self.last_time = time.monotonic()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step == state.max_steps:
+            control.should_log = True  # else a stage that is done would be shown at the last step that was logged
         if not self.reporter.run.plan_path.exists():  # else a checkpoint would make it anew, without its plan
             raise FinetuiError("The run's folder was deleted while it trained.", "Start it again.")
         if self.reporter.stop_asked:

@@ -104,7 +104,7 @@ def test_foreign_text_reaches_no_terminal(refused: Refused, said: Callable[..., 
         (["sft", "--model-name", "run:none"], "There are no runs in"),
         (["sft", "--evaluate", "--local-file", "%rows%"], "There are no held-out prompts"),
         (["sft", "--frobnicate"], "unrecognized arguments: --frobnicate"),
-        (["frobnicate"], "invalid choice: 'frobnicate'"),
+        (["frobnicate"], "no command 'frobnicate'"),
         (["plan"], "required: method"),
         (["check", "x"], "required: --method"),
         (["show"], "required: RUN"),
@@ -399,3 +399,8 @@ def test_a_length_limit_that_no_row_fits_is_refused_before_a_run_is_made(
 @pytest.mark.parametrize("flag", ["--local-file", "--dataset-name", "--model-name"])
 def test_an_empty_source_is_refused_and_starts_no_demo(refused: Any, flag: str) -> None:
     assert f"{flag} is empty." in refused("sft", flag, "", "--dry-run")
+
+
+def test_a_command_that_is_nearly_right_is_named(refused: Refused) -> None:
+    assert "There is no command 'chek'" in (text := refused("chek", "x")) and "Did you mean check?" in text
+    assert "is no name on the Hub" in refused("sft", "--dataset-name", "/tmp/new")
