@@ -67,7 +67,8 @@ def refuse_small_disk(plan: Plan, source: ModelSource, steps: Mapping[str, int],
     needed = dict(found.needed)
     if os.stat(nearest(cache_dir())).st_dev != os.stat(nearest(folder)).st_dev:
         needed = {what: count for what, count in needed.items() if what not in CACHED}
-    if found.free and sum(needed.values()) > found.free:  # nothing free is no place for runs, which is told elsewhere
+    blocks = os.statvfs(nearest(folder)).f_blocks if hasattr(os, "statvfs") else 1
+    if blocks and sum(needed.values()) > found.free:  # without blocks (/proc) it is no disk: no run can be made there
         words = ", ".join(f"{what} {size_words(count)}" for what, count in needed.items())
         raise FinetuiError(
             f"The run and what is made of it take about {size_words(sum(needed.values()))} ({words}); "

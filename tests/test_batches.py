@@ -16,8 +16,8 @@ EPOCHS = settings(max_examples=150, deadline=None, suppress_health_check=[Health
 
 @st.composite
 def epochs(draw: st.DrawFn) -> tuple[list[bool], list[int], int, int]:
-    """Labels, prompts, batch size and seed of an epoch of 2 to 40 rows."""
-    count = draw(st.integers(2, 40))
+    """Labels, prompts, batch size and seed of an epoch of 2 to 60 rows."""
+    count = draw(st.integers(2, 60))
     share, kinds = draw(st.integers(0, 10)), draw(st.integers(1, count))
     marks = draw(st.lists(st.integers(1, 10), min_size=count, max_size=count))
     prompts = draw(st.lists(st.integers(1, kinds), min_size=count, max_size=count))

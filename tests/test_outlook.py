@@ -131,11 +131,12 @@ def test_parameters_are_counted_from_the_headers(tiny_model: Path, tmp_path: Pat
         tensors_of(tmp_path / "x.safetensors")
 
 
+@pytest.mark.parametrize("free", [100_000, 0])
 def test_a_run_that_the_disk_cannot_hold_is_refused_before_it_starts(
-    refused: Refused, rows_file: WriteRows, tiny_model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+    free: int, refused: Refused, rows_file: WriteRows, tiny_model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage("/")
-    monkeypatch.setattr("core.disk.shutil.disk_usage", lambda place: usage._replace(free=100_000))
+    monkeypatch.setattr("core.disk.shutil.disk_usage", lambda place: usage._replace(free=free))
     words = ["sft", "--local-file", str(rows_file()), "--model-name", str(tiny_model), "--save-method", "merged_16bit"]
     told = refused(*words, code=3)
     assert "checkpoints and result" in told and "merged model" in told and "are free in" in told
