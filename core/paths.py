@@ -5,11 +5,16 @@ import errno
 import os
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
+import psutil
+
 from core.errors import FinetuiError
+
+TORN = ".tmp"
+"""How the name of a temporary file ends: ``.NAME.PID.RANDOM.tmp`` beside NAME."""
 
 
 def configs_dir() -> Path:
@@ -45,6 +50,20 @@ def open_regular(path: Path) -> IO[bytes]:
     return stream
 
 
+def temporary_beside(path: Path) -> tuple[int, str]:
+    """A new file beside `path` that names this process as its writer: its handle and its name. Raises OSError."""
+    return tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.{os.getpid()}.", suffix=TORN)
+
+
+def remove_torn(found: Iterable[Path]) -> None:
+    """Remove what dead writers left among these temporary files; one that is being written stays."""
+    for path in found:
+        writer = path.name.removesuffix(TORN).split(".")[-2]
+        if writer.isdecimal() and not psutil.pid_exists(int(writer)):
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
 @contextlib.contextmanager
 def writing_whole(path: Path, mode: str = "w") -> Iterator[IO]:
     """Open a temporary file beside `path` and rename it over `path` when the block ends without an exception.
@@ -54,7 +73,7 @@ def writing_whole(path: Path, mode: str = "w") -> Iterator[IO]:
     temporary: str | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, temporary = temporary_beside(path)
         with os.fdopen(handle, mode, encoding=None if "b" in mode else "utf-8") as stream:
             yield stream
             stream.flush()

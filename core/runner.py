@@ -25,6 +25,7 @@ from core.artefacts import output_of
 from core.children import CHILD_ENV, LOCK_ENV, stage_environment
 from core.errors import FinetuiError
 from core.machine_use import boot_id, oom_kills, system, versions
+from core.paths import TORN, remove_torn
 from core.runs import Run, create_run, find_run, is_alive, process_lives, take_lock, write_holder
 from core.secrets import guard_output
 from core.stages import EXPORT_STAGES, TRAINING_STAGES
@@ -283,9 +284,7 @@ class Runner:
             self._explain_signal(stage, -code)
         return status
 
-    def _child(
-        self, command: Sequence[str], folder: Path
-    ) -> tuple[subprocess.Popen[bytes], "ReadyTrainer | None"]:
+    def _child(self, command: Sequence[str], folder: Path) -> tuple[subprocess.Popen[bytes], "ReadyTrainer | None"]:
         """A stage's process: the trainer in waiting, told beside it, or a new one."""
         ready, self.ready = self.ready, None
         with self.run.log_path.open("ab") as log:
@@ -378,6 +377,7 @@ def main() -> int:
     for name in ("SIGHUP", "SIGINT"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+    remove_torn(run.path.rglob(f".*{TORN}"))
     try:
         runner = Runner(run, run.plan(), lock, sys.argv[2:], ready)
         if hasattr(signal, "SIGTERM"):

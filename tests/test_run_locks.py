@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -13,6 +14,7 @@ from conftest import MakeNamed
 
 from core import runs
 from core.errors import FinetuiError
+from core.paths import TORN, remove_torn, writing_whole
 from core.runs import Run, delete_run, is_alive, process_lives, request_stop, status, take_lock, write_holder
 
 HOLD = """
@@ -167,3 +169,16 @@ def test_a_living_run_is_not_deleted_and_an_ended_one_is(named: MakeNamed, holde
     assert not run.path.exists()
     with pytest.raises(FinetuiError, match="cannot be opened"):
         delete_run(run)
+
+
+def test_what_a_killed_writer_left_goes_and_a_living_writer_is_left_alone(tmp_path: Path) -> None:
+    code = "import os, sys, pathlib; from core.paths import writing_whole; target = pathlib.Path(sys.argv[1])"
+    killed = f"{code}\nwith writing_whole(target) as stream: os.kill(os.getpid(), 9)"
+    subprocess.run([sys.executable, "-c", killed, str(tmp_path / "deep" / "plan.yaml")], check=False)
+    assert len(list(tmp_path.rglob(f".*{TORN}"))) == 1
+    (tmp_path / f".a stranger's file{TORN}").touch()
+    with writing_whole(tmp_path / "plan.yaml") as stream:
+        remove_torn(tmp_path.rglob(f".*{TORN}"))
+        stream.write("whole")
+    assert (tmp_path / "plan.yaml").read_text() == "whole"
+    assert [path.name for path in tmp_path.rglob(f".*{TORN}")] == [f".a stranger's file{TORN}"]

@@ -3,7 +3,6 @@
 import json
 import os
 import shlex
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +14,7 @@ from core.backend import gpu_present, settle
 from core.config import OPTIONS, Resolved, flatten, resolve, size_presets
 from core.errors import FinetuiError
 from core.flags import flags_of
-from core.paths import cache_dir, configs_dir
+from core.paths import TORN, cache_dir, configs_dir, remove_torn, temporary_beside
 from core.plan import Option, Plan
 from core.sources import model_source
 from core.stages import Method
@@ -228,7 +227,8 @@ def draft_path(name: str = "draft") -> Path:
 
 
 def load_draft(path: Path) -> Draft | None:
-    """The draft at `path`; None where there is none that can be read."""
+    """The draft at `path`; None where there is none that can be read. What a killed app left beside it goes."""
+    remove_torn(path.parent.glob(f".{path.name}.*{TORN}"))
     try:
         return Draft.model_validate_json(path.read_bytes())
     except (OSError, ValueError):
@@ -239,7 +239,7 @@ def save_draft(draft: Draft, path: Path) -> None:
     """Write the draft whole. It need only outlive this process: waiting for the disk could hold the keyboard up for
     seconds while a trainer writes a checkpoint. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, temporary = temporary_beside(path)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as stream:
             stream.write(draft.model_dump_json(indent=1))

@@ -37,7 +37,7 @@ MOMENTS = ("loading", "a step", "writing a checkpoint", "between the stages", "s
 SIGNALS = (signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM)
 TARGETS = ("trainer", "runner", "both")
 VIEWER_DEATHS = ("SIGHUP", "SIGKILL", "closed pty", "SIGSTOP")
-LITTER = (".final_model.new", f".{MANIFEST}.*", ".plan.yaml.*", ".data.json.*", ".ledger.jsonl.*", "stop", "abort")
+LITTER = (".final_model.new", ".*.tmp", "stop", "abort")
 
 
 @dataclass
