@@ -173,13 +173,34 @@ def test_foreign_text_reaches_no_control_of_the_terminal(terminal: Terminal, tmp
     assert terminal.tmux("display-message", "-p", "#{pane_title}").strip() != "TAKEN"
 
 
+STUCK = """
+import pathlib, sys, threading
+from tui.app import FinetuiApp
+
+mark, mounted = pathlib.Path(sys.argv[1]), FinetuiApp.on_mount
+
+def wait_for_ever():
+    mark.touch()
+    threading.Event().wait()
+
+def on_mount(app):
+    mounted(app)
+    app.set_timer(0.5, wait_for_ever)
+
+FinetuiApp.on_mount = on_mount
+FinetuiApp(mark.parent).run()
+"""
+"""As the driver waits to write into a terminal that takes nothing more."""
+
+
 @pytest.mark.skipif(os.name == "nt", reason="needs a pty")
-def test_a_terminal_lost_without_a_signal_ends_the_app(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stuck", [False, True])
+def test_a_terminal_lost_without_a_signal_ends_the_app(tmp_path: Path, stuck: bool) -> None:
     import pty
 
     master, slave = pty.openpty()
     app = subprocess.Popen(
-        [sys.executable, "-P", "-m", "tui"],
+        [sys.executable, "-P", *(["-c", STUCK, str(tmp_path / "stuck")] if stuck else ["-m", "tui"])],
         stdin=slave, stdout=slave, stderr=slave, cwd=ROOT, start_new_session=True,
         env={**os.environ, "PYTHONPATH": str(ROOT), "FINETUI_RUNS": str(tmp_path), "TERM": "xterm-256color"},
     )  # fmt: skip
@@ -188,6 +209,8 @@ def test_a_terminal_lost_without_a_signal_ends_the_app(tmp_path: Path) -> None:
         seen = b""
         while b"Welcome" not in seen:
             seen += os.read(master, 65536)
+        if stuck:
+            wait_until((tmp_path / "stuck").exists)
         os.close(master)
         assert app.wait(15) != 0
     finally:

@@ -10,6 +10,8 @@ import json
 import os
 import select
 import sys
+import threading
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,10 @@ from tui.dialogs import Ended, HelpScreen
 from tui.home import HomeScreen
 
 LOOK_AT_TERMINAL_S = 1.0
+LEAVE_S = 5.0
+"""How long the app has to leave in order once its terminal is gone."""
 EXIT_LOST_TERMINAL = 129
+ENDS = {"done": "is done", "stopped": "stopped", "aborted": "was aborted", "failed": "failed", "crashed": "crashed"}
 SYSTEM_ACTIONS = ("screen.copy_text", "screen.minimize", "app.focus_next", "app.focus_previous")
 KEPT_COMMANDS = ("Theme", "Maximize", "Minimize")
 
@@ -59,6 +64,8 @@ class FinetuiApp(App[None]):
         sys.setswitchinterval(0.001)  # a thread that reads a long log gives way to the keyboard five times as often
         self.theme_changed_signal.subscribe(self, lambda theme: keep_settings({"theme": theme.name}))
         self.set_interval(LOOK_AT_TERMINAL_S, self.end_without_terminal)
+        if not self.is_headless:
+            threading.Thread(target=_leave_a_lost_terminal, name="terminal", daemon=True).start()
         if self.watch_first:
             self.push_screen(DashboardScreen(self.watch_first))
         if self.chat_first:
@@ -123,7 +130,7 @@ class FinetuiApp(App[None]):
 def end_message(name: str, status: str) -> str:
     """What is told of an end. A name that is not plainly a run's is left out: it goes to the terminal as it is."""
     shown = name if NAME.fullmatch(name) else "a run"
-    return f"finetui: {shown} is {status if status in GLYPHS else 'over'}"
+    return f"finetui: {shown} {ENDS.get(status, 'is over')}"
 
 
 def notification(words: str, *, in_tmux: bool) -> str:
@@ -151,6 +158,15 @@ def keep_settings(settings: dict[str, Any]) -> None:
         fresh = settings_path().with_suffix(f".{os.getpid()}")
         fresh.write_text(json.dumps({**kept_settings(), **settings}), encoding="utf-8")
         os.replace(fresh, settings_path())
+
+
+def _leave_a_lost_terminal() -> None:
+    """End the process where the app cannot: a terminal that took nothing before it went, as over a link that stalled,
+    leaves the driver waiting for ever to write the rest."""
+    while not terminal_is_gone():
+        time.sleep(LOOK_AT_TERMINAL_S)
+    time.sleep(LEAVE_S)
+    os._exit(EXIT_LOST_TERMINAL)
 
 
 def terminal_is_gone() -> bool:
