@@ -1,13 +1,15 @@
 """How fast the product trains on this GPU against scripts written by hand, on the same rows, model and rank.
 
 usage: python tests/bench/gpu_speed.py MODEL_DIR ROWS.jsonl [--rank R] [--only NAME ...] [--limit GIB]
-       python tests/bench/gpu_speed.py MODEL_DIR ROWS.jsonl --profile sft|kto [--variant NAME]
+       python tests/bench/gpu_speed.py MODEL_DIR ROWS.jsonl --profile sft|kto [--variant NAME ...]
 
 Contests run one after the other, each alone on the GPU: the product as a detached run with everything on, the rival as
 tests/bench/by_hand.py. ROWS.jsonl holds conversations of a user's and an assistant's turn. `--profile` builds the
-product's trainer in this process and prints where two of its steps spend their time; `--variant` changes one thing of
-it, to find what costs: bf16 (the adapter in bf16, as TRL rounds it), quiet (no checkpointing asked of transformers, for
-Unsloth has put it on), padded. Needs an NVIDIA GPU with bitsandbytes and Unsloth.
+product's trainer and prints where two of its steps spend their time, for each variant in a process of its own; each
+changes one thing, to find what costs: usual, bf16 (the adapter in bf16, as TRL rounds it), quiet (no checkpointing
+asked of transformers, for Unsloth has put it on), padded, bare (without the environment that the runner gives), looked
+(after the look at the longest rows), plain (TRL's trainer as it is, our rows), hand (the rival itself). Needs an NVIDIA
+GPU with bitsandbytes and Unsloth.
 """
 
 import argparse
@@ -23,6 +25,7 @@ from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
+VARIANTS = ("usual", "bf16", "quiet", "padded", "bare", "looked", "plain", "hand")
 # name: (by hand, the product's settings)
 CONTESTS: dict[str, tuple[str, dict[str, Any]]] = {
     "sft-packed": ("batch=3 accumulation=1 packing=1", {}),
@@ -137,6 +140,29 @@ def profiled(trainer: Any) -> None:
         print(f"  CPU {entry.self_cpu_time_total / 1e3:9.1f} ms {entry.count:6d} × {entry.key[:70]}")
 
 
+def compare_variants(options: argparse.Namespace) -> None:
+    """Each variant in a process of its own, with what the runner gives a trainer in its environment."""
+    from core.children import CHILD_ENV
+
+    for name in options.variant:
+        print(f"\n=== {options.profile}, {name}", flush=True)
+        if name == "hand":
+            batch = (
+                "batch=3 accumulation=1 packing=1" if options.profile == "sft" else "method=kto batch=4 accumulation=2"
+            )
+            command = [str(HERE / "by_hand.py"), str(options.model.absolute()), str(options.rows.absolute())]
+            command += [f"steps={options.steps}", f"rank={options.rank}", "profile=1", *batch.split()]
+        else:
+            command = [str(HERE / "gpu_speed.py"), str(options.model), str(options.rows), "--runs", str(options.runs)]
+            command += ["--rank", str(options.rank), "--profile", options.profile, "--variant", name, "--inside"]
+        given = {} if name in ("bare", "hand") else {**CHILD_ENV, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+        done = subprocess.run([sys.executable, *command], env={**os.environ, **given}, capture_output=True, text=True)
+        shown = [
+            line for line in done.stdout.splitlines() if line.startswith(("seconds a", "two steps", "  ", "RESULT"))
+        ]
+        print("\n".join(shown) if done.returncode == 0 else done.stderr[-1500:], flush=True)
+
+
 def look_inside(options: argparse.Namespace) -> None:
     import unsloth  # noqa: F401, I001 - it patches the libraries after it
     import torch
@@ -148,10 +174,10 @@ def look_inside(options: argparse.Namespace) -> None:
     from core.sources import model_source
     from core.train_events import Reporter
 
-    method = options.profile
+    method, variant = options.profile, options.variant[0]
     settings: dict[str, Any] = {f"{method}.gradient_checkpointing": "on"}
     settings |= {"sft.batch_size": 24, "sft.gradient_accumulation_steps": 1} if method == "sft" else {}
-    if options.variant == "padded":
+    if variant == "padded":
         settings["sft.padding_free"] = "off"
     plan = make_plan(options, method, settings).plan
     plan.sft.data.include_undesirable = True
@@ -160,17 +186,36 @@ def look_inside(options: argparse.Namespace) -> None:
     tokenizer, template, _ = train.load_tokenizer(plan, source)
     loaded = train.Loaded(train.load_model(plan, source, stage), tokenizer, template)
     data = prepare(stage, method, template, print)
-    if options.variant == "quiet":
+    if variant == "quiet":
         stage = stage.model_copy(update={"gradient_checkpointing": "off"})
     run = Run(Path(tempfile.mkdtemp()))
     build: Any = train.kto_trainer if method == "kto" else train.sft_trainer
+    if variant == "plain" and method == "sft":
+        from trl import SFTTrainer
+
+        train.sft_trainer_class = lambda: SFTTrainer
     with train.adapter_kept(loaded.model):
         trainer = build(plan, stage, loaded, data, run.stage_path(method), Reporter(run, method))
-    if options.variant == "bf16":
+    if variant == "bf16":
         for parameter in loaded.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(torch.bfloat16)
+    if variant == "looked":
+        from core.train_fit import preflight
+
+        free, _ = torch.cuda.mem_get_info()
+        trainer.add_callback(looking(lambda: preflight(trainer, stage, free, Reporter(run, method))))
     profiled(trainer)
+
+
+def looking(look: Any) -> Any:
+    from transformers import TrainerCallback
+
+    class Look(TrainerCallback):
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            look()
+
+    return Look()
 
 
 def main() -> None:
@@ -183,12 +228,13 @@ def main() -> None:
     parser.add_argument("--limit", type=float, help="GiB the product may take; default: what is free")
     parser.add_argument("--only", nargs="+", choices=CONTESTS, default=list(CONTESTS))
     parser.add_argument("--profile", choices=("sft", "kto"))
-    parser.add_argument("--variant", choices=("bf16", "quiet", "padded"))
+    parser.add_argument("--variant", nargs="+", choices=VARIANTS, default=["usual"])
+    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     os.environ["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
     os.environ["FINETUI_RUNS"] = str(options.runs.absolute())
     if options.profile:
-        look_inside(options)
+        look_inside(options) if options.inside else compare_variants(options)
         return
     print(f"{'contest':<12}{'by hand':>9}{'finetui':>9}{'ratio':>7}  examples/s   GiB by hand, finetui   first step")
     for name in options.only:
