@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from core.plan import ExportPlan, Plan
     from core.runs import Run
 
-REQUEST = "export.json"
 REPORT = "report.json"
 LINEAGE = "finetui.json"
 SMALL_MODEL = 5e8
@@ -51,7 +50,7 @@ def trained(run: "Run") -> list[Trained]:
 
     found = []
     for stage in reversed(TRAINING_STAGES):
-        if run.stage_done(stage):
+        if run.trained(stage):
             found.append(Trained(stage, None, run.final_model(stage)))
         for folder in complete_checkpoints(run.stage_path(stage) / "checkpoints"):
             found.append(Trained(stage, int(folder.name.removeprefix("checkpoint-")), folder))
@@ -91,27 +90,6 @@ def fingerprint(adapter: Path) -> str:
 # What is wanted -------------------------------------------------------------------------------------------------------
 
 
-def with_request(plan: "Plan", folder: Path) -> "Plan":
-    """The plan with what was asked for later. Raises FinetuiError for a request that cannot be read."""
-    from pydantic import ValidationError
-
-    from core.plan import ExportPlan
-
-    path = folder / REQUEST
-    try:
-        raw = path.read_bytes()
-    except OSError:
-        return plan
-    try:
-        plan.export = ExportPlan.model_validate_json(raw)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise FinetuiError(
-            f"{path} cannot be used: {'.'.join(map(str, first['loc']))} {first['msg']}.", "Delete that file."
-        ) from error
-    return plan
-
-
 def checked_request(run: "Run", changes: dict[str, Any]) -> "Plan":
     """The run's plan with these changes of its section ``export``. Raises FinetuiError for a wrong value."""
     from core.config import check, flatten
@@ -125,9 +103,11 @@ def checked_request(run: "Run", changes: dict[str, Any]) -> "Plan":
 
 def ask_for(run: "Run", plan: "Plan") -> None:
     """Keep what `plan` wants exported with the run, and tell its viewers. A runner that is alive will find it."""
+    from core.config import REQUEST
+
     with writing_whole(run.path / REQUEST) as stream:
         stream.write(plan.export.model_dump_json(indent=1) + "\n")
-    run.events.append("stages", stages=plan.stages, ahead=[name for name in plan.stages if not run.stage_done(name)])
+    run.events.append("stages", stages=plan.stages, ahead=[name for name in plan.stages if not stage_done(run, name)])
 
 
 # What is made ---------------------------------------------------------------------------------------------------------
@@ -159,6 +139,16 @@ def read_report(run: "Run", stage: str) -> dict[str, Any]:
 def write_report(run: "Run", stage: str, report: dict[str, Any]) -> None:
     with writing_whole(run.stage_path(stage) / REPORT) as stream:
         json.dump(report, stream, indent=1, ensure_ascii=False)
+
+
+def stage_done(run: "Run", stage: str) -> bool:
+    """Whether the stage's output is there, whole."""
+    if stage == "evaluate":
+        from core.evaluation import HELD_OUT, evaluation_path, read_report
+
+        report = read_report(evaluation_path(run, HELD_OUT))
+        return bool(report and report.get("complete"))  # one of a run that was stopped is not the stage's
+    return run.trained(stage) if stage in TRAINING_STAGES else made(run, stage)
 
 
 def made(run: "Run", stage: str, export: "ExportPlan | None" = None) -> bool:

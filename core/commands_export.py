@@ -5,7 +5,7 @@ import sys
 from typing import Any
 
 from core import runner
-from core.artefacts import ask_for, checked_request, chosen, made, read_report
+from core.artefacts import ask_for, checked_request, chosen, made, read_report, stage_done
 from core.console import print_json, take_token
 from core.errors import FinetuiError
 from core.paths import runs_dir
@@ -111,7 +111,7 @@ def begin(run: Run, plan: Plan) -> None:
     ask_for(run, plan)
     if is_alive(run):
         return
-    if all(run.stage_done(stage) for stage in plan.stages):
+    if all(stage_done(run, stage) for stage in plan.stages):
         raise FinetuiError(
             "All of that is made already.", f"See `finetui show {run.name}`, or {run.path}.", exit_code=0
         )
@@ -125,7 +125,7 @@ def check_export(run: Run, plan: Plan) -> list[str]:
     """
     if not is_alive(run):
         chosen(run, plan.export)
-        unfinished = [stage for stage in plan.training_stages if not run.stage_done(stage)]
+        unfinished = [stage for stage in plan.training_stages if not run.trained(stage)]
         if unfinished:
             raise FinetuiError(
                 f"{run.name} has not finished its training ({unfinished[0]}).", f"Resume it: finetui resume {run.name}."

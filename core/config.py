@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from core.errors import FinetuiError
 from core.paths import configs_dir, open_regular, writing_whole
-from core.plan import SIZES, Option, Plan, options
+from core.plan import SIZES, ExportPlan, Option, Plan, options
 from core.stages import METHODS, TRAINING_STAGES
 from core.text import clean
 
@@ -26,6 +26,8 @@ SECTIONS = {path.rsplit(".", depth)[0] for path in OPTIONS for depth in range(1,
 MAPPINGS = tuple(f"{path}." for path, option in OPTIONS.items() if option.kind is dict)
 """Starts of the paths whose last part is the person's own word: ``sft.extra.``, ``sft.data.columns.`` …"""
 MAX_PLAN_BYTES = 1_000_000
+REQUEST = "export.json"
+"""Beside the plan: what was asked for later, which wins over its section ``export``."""
 
 
 @dataclass(frozen=True)
@@ -295,6 +297,23 @@ def save_plan(resolved: Resolved, path: Path) -> None:
     with writing_whole(path) as stream:
         stream.write(f"# finetui plan {resolved.fingerprint}; each value is followed by where it came from\n")
         stream.write(resolved.as_yaml())
+
+
+def with_request(plan: Plan, folder: Path) -> Plan:
+    """The plan with what was asked for later. Raises FinetuiError for a request that cannot be read."""
+    path = folder / REQUEST
+    try:
+        raw = path.read_bytes()
+    except OSError:
+        return plan
+    try:
+        plan.export = ExportPlan.model_validate_json(raw)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise FinetuiError(
+            f"{path} cannot be used: {'.'.join(map(str, first['loc']))} {first['msg']}.", "Delete that file."
+        ) from error
+    return plan
 
 
 def load_plan(path: Path) -> Plan:

@@ -17,7 +17,8 @@ from typing import Any
 from core.chat import Template, TemplateError
 from core.errors import FinetuiError
 from core.evaluate_model import Answerer, in_batches
-from core.evaluation import HELD_OUT, Store, evaluation_path, options_of, report_of, write_report
+from core.evaluation import HELD_OUT, Store, evaluation_path, options_of, report_of
+from core.evaluation_report import write_report
 from core.heldout import Prompt, held_out
 from core.plan import EvaluatePlan, Plan
 from core.runner import EXIT_STOPPED

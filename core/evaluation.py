@@ -151,19 +151,6 @@ def report_of(facts: dict[str, Any], rows: Sequence[Row], variants: Sequence[str
     }
 
 
-def write_report(folder: Path, report: Report, rows: Sequence[Row]) -> None:
-    """Write cases.jsonl, report.md and, last, report.json. Raises FinetuiError."""
-    from core.evaluation_report import as_markdown
-
-    with writing_whole(folder / "cases.jsonl") as stream:
-        for row in rows:
-            stream.write(json.dumps(row) + "\n")
-    with writing_whole(folder / "report.md") as stream:
-        stream.write(as_markdown(report, rows))
-    with writing_whole(folder / "report.json") as stream:
-        json.dump(report, stream, indent=1)
-
-
 def read_report(folder: Path) -> Report | None:
     """The report of an evaluation, None where it is not done or cannot be read."""
     try:

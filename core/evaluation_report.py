@@ -1,11 +1,14 @@
 """An evaluation as Markdown: the tables, what changed from model to model, the failing cases side by side."""
 
+import json
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from core.evaluation import Report, Row, failed, missed_words, variant_words
 from core.markdown import block, plain, table
+from core.paths import writing_whole
 from core.scores import MARKS, Rate
 from core.text import duration
 
@@ -136,3 +139,14 @@ def _case_lines(report: Report, rows: Sequence[Row]) -> list[str]:
             verdict = f"wrong: {missing}" if missing else "right"
             lines += ["", f"{variant_words(name)} ({verdict})", "", block(row["answers"][name]["answer"])]
     return lines
+
+
+def write_report(folder: Path, report: Report, rows: Sequence[Row]) -> None:
+    """Write cases.jsonl, report.md and, last, report.json. Raises FinetuiError."""
+    with writing_whole(folder / "cases.jsonl") as stream:
+        for row in rows:
+            stream.write(json.dumps(row) + "\n")
+    with writing_whole(folder / "report.md") as stream:
+        stream.write(as_markdown(report, rows))
+    with writing_whole(folder / "report.json") as stream:
+        json.dump(report, stream, indent=1)

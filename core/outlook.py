@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Container
 
-from core.artefacts import bytes_needed, parameters_of, seconds_expected, there
+from core.artefacts import bytes_needed, parameters_of, seconds_expected, stage_done, there
 from core.bases import find_base
 from core.errors import FinetuiError
 from core.events import RunState, StageState
@@ -20,7 +20,7 @@ def expected_seconds(run: Run, plan: Plan) -> dict[str, float]:
 
     Training goes by the newest finished run of the same model on the same device, the rest by that or else by sizes.
     """
-    ahead = [stage for stage in plan.stages if not run.stage_done(stage)]
+    ahead = [stage for stage in plan.stages if not stage_done(run, stage)]
     found: dict[str, float] = {}
     for other, before in _earlier(run, plan):
         for name in ahead:
@@ -50,7 +50,7 @@ def expected_examples(run: Run, plan: Plan, known: Container[str]) -> dict[str, 
     found = {}
     for name in plan.training_stages[1:]:
         settings = plan.stage(name)
-        if name in known or run.stage_done(name):
+        if name in known or stage_done(run, name):
             continue
         local = settings.data.demo or settings.data.file or settings.data.files
         if settings.max_steps > 0:

@@ -21,7 +21,7 @@ from typing import IO, TYPE_CHECKING
 import psutil
 
 from core import __version__, gpu
-from core.artefacts import output_of
+from core.artefacts import output_of, stage_done
 from core.children import CHILD_ENV, LOCK_ENV, stage_environment
 from core.errors import FinetuiError
 from core.machine_use import boot_id, oom_kills, system, versions
@@ -60,7 +60,7 @@ def start(run: Run, *task: str, ready: "Ready | None" = None) -> int:
     The lock is taken here and inherited. A runner that is `ready` becomes this run's if it can.
     Raises FinetuiError when the run is alive already.
     """
-    refuse_strangers(run)
+    refuse_strangers(run.path, run.plan)
     handle = take_lock(run)
     try:
         for request in (run.stop_path, run.abort_path):
@@ -87,7 +87,7 @@ def resume(run: Run) -> int:
         raise FinetuiError(f"{run.name} {words}.", f"Watch it with `finetui watch {run.name}`.")
     plan = run.plan()
     # A runner that was killed after its last stage has left all but the word that it is done.
-    if run.state().end_status == "done" and all(run.stage_done(stage) for stage in plan.stages):
+    if run.state().end_status == "done" and all(stage_done(run, stage) for stage in plan.stages):
         raise FinetuiError(f"{run.name} is done: nothing is left to resume.", f"See `finetui show {run.name}`.")
     return start(run)
 
@@ -176,7 +176,7 @@ class Runner:
         if self._needs_device() and (ended := self._take_turn()):
             return self._end(ended)
         self._foretell()
-        while stage := next((stage for stage in self.plan.stages if not self.run.stage_done(stage)), ""):
+        while stage := next((stage for stage in self.plan.stages if not stage_done(self.run, stage)), ""):
             if self.run.abort_path.exists():
                 return self._end("aborted")
             if self.stop_asked():
@@ -206,7 +206,7 @@ class Runner:
 
     def _needs_device(self) -> bool:
         """Whether a stage is ahead that fills the device: what is made of a result can share it."""
-        return any(stage not in EXPORT_STAGES and not self.run.stage_done(stage) for stage in self.plan.stages)
+        return any(stage not in EXPORT_STAGES and not stage_done(self.run, stage) for stage in self.plan.stages)
 
     def _do_task(self) -> int:
         """Do one thing to a run that has ended. Returns 0 done or stopped, 1 failed."""
@@ -272,7 +272,7 @@ class Runner:
         ended = code in (EXIT_STOPPED, -signal.SIGTERM)  # before the trainer hears it, SIGTERM means the same
         status = "aborted" if aborted else "stopped" if ended else "failed"
         if code == 0 and not aborted:
-            status = "done" if of or self.run.stage_done(stage) else "failed"
+            status = "done" if of or stage_done(self.run, stage) else "failed"
         output = output_of(self.run, stage)
         self.run.events.append(
             "stage_end", index=index, name=stage, status=status, exit=_exit_words(code), exit_code=code,

@@ -25,7 +25,6 @@ from core.errors import FinetuiError
 from core.events import NO_LINK, EventLog, RunState, parse_line, state_of
 from core.notes import Note, read_note
 from core.paths import open_regular, writing_whole
-from core.stages import EXPORT_STAGES
 from core.trust import remember_trust
 
 if TYPE_CHECKING:  # a viewer of a thousand runs reads no plan: pydantic is a third of its start
@@ -82,8 +81,7 @@ class Run:
 
     def plan(self) -> "Plan":
         """The resolved plan this run was made with, and what was asked of it later. Raises FinetuiError."""
-        from core.artefacts import with_request
-        from core.config import load_plan
+        from core.config import load_plan, with_request
 
         return with_request(load_plan(self.plan_path), self.path)
 
@@ -97,17 +95,8 @@ class Run:
     def final_model(self, stage: str) -> Path:
         return self.stage_path(stage) / "final_model"
 
-    def stage_done(self, stage: str) -> bool:
-        """Whether the stage's output is there, whole."""
-        if stage == "evaluate":
-            from core.evaluation import HELD_OUT, evaluation_path, read_report
-
-            report = read_report(evaluation_path(self, HELD_OUT))
-            return bool(report and report.get("complete"))  # one of a run that was stopped is not the stage's
-        if stage in EXPORT_STAGES:
-            from core.artefacts import made
-
-            return made(self, stage)
+    def trained(self, stage: str) -> bool:
+        """Whether the model of a training stage is there, whole."""
         return is_complete(self.final_model(stage))
 
     def newest_checkpoint(self, stage: str) -> Path | None:
@@ -149,7 +138,7 @@ def create_run(folder: Path, resolved: "Resolved") -> Run:
     run = Run(path)
     try:
         save_plan(resolved, run.plan_path)
-        remember_trust(run, plan)
+        remember_trust(path, plan)
         run.events.append(
             "created", v=1, name=run.name, method=plan.method, model=plan.model.size or plan.model.name,
             note=plan.note, stages=plan.stages, plan=resolved.fingerprint,

@@ -58,7 +58,7 @@ def _run_output(reference: str) -> Path:
     from core.runs import find_run
 
     run = find_run(runs_dir(), reference)
-    finished = [stage for stage in ("kto", "sft") if run.stage_done(stage)]
+    finished = [stage for stage in ("kto", "sft") if run.trained(stage)]
     if not finished:
         raise FinetuiError(f"Run {run.name} has no finished model.", f"Resume it: finetui resume {run.name}.")
     return run.final_model(finished[0])

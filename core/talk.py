@@ -28,7 +28,7 @@ class Talk:
     """
 
     def __init__(self, run: Run, heard: Callable[[Heard], object]) -> None:
-        refuse_strangers(run)
+        refuse_strangers(run.path, run.plan)
         self._heard = heard
         self._closed = False
         self._errors = tempfile.TemporaryFile()  # a pipe that nobody drains would hold the child up

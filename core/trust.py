@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,20 +12,19 @@ from core.paths import cache_dir, writing_whole
 
 if TYPE_CHECKING:
     from core.plan import Plan
-    from core.runs import Run
 
 TRUST_ENV = "FINETUI_TRUST_REMOTE_CODE"
 
 
-def _mark(run: "Run") -> Path:
-    name = hashlib.sha256(str(run.path.resolve()).encode("utf-8", "surrogateescape")).hexdigest()[:32]
+def _mark(folder: Path) -> Path:
+    name = hashlib.sha256(str(folder.resolve()).encode("utf-8", "surrogateescape")).hexdigest()[:32]
     return cache_dir() / "trusted" / name
 
 
-def remember_trust(run: "Run", plan: "Plan") -> None:
-    """Keep, outside of the run, that the person on this machine has allowed its model's own code."""
+def remember_trust(folder: Path, plan: "Plan") -> None:
+    """Keep, outside of the run's folder, that the person on this machine has allowed its model's own code."""
     if plan.model.trust_remote_code:
-        with writing_whole(_mark(run)) as stream:
+        with writing_whole(_mark(folder)) as stream:
             stream.write(_model(plan))
 
 
@@ -32,25 +32,25 @@ def _model(plan: "Plan") -> str:
     return f"{plan.model.name}@{plan.model.revision or ''}\n"
 
 
-def refuse_strangers(run: "Run") -> None:
+def refuse_strangers(folder: Path, read_plan: "Callable[[], Plan]") -> None:
     """Refuse a run whose folder leads elsewhere, or that wants to run code that nobody on this machine has allowed.
 
-    Raises FinetuiError.
+    The plan is read when the folder is known to be what it seems. Raises FinetuiError.
     """
-    for path in _links(run.path):
+    for path in _links(folder):
         raise FinetuiError(
-            f"{path.relative_to(run.path)} in {run.name} is a link to another place: nothing is written through it.",
+            f"{path.relative_to(folder)} in {folder.name} is a link to another place: nothing is written through it.",
             "Put the file or folder itself there.",
         )
-    plan = run.plan()
+    plan = read_plan()
     if not plan.model.trust_remote_code or os.environ.get(TRUST_ENV):
         return
     known = ""
     with contextlib.suppress(OSError):
-        known = _mark(run).read_text(encoding="utf-8")
+        known = _mark(folder).read_text(encoding="utf-8")
     if known != _model(plan):
         raise FinetuiError(
-            f"{run.name} was not made here, and its plan runs Python code that comes with the model {plan.model.name}.",
+            f"{folder.name} was not made here, and its plan runs Python code of the model {plan.model.name}.",
             f"If you trust that code: set {TRUST_ENV}=1 for this once.",
         )
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.artefacts import LINEAGE, chosen, merged_folder, read_report
+from core.artefacts import LINEAGE, chosen, merged_folder, read_report, stage_done
 from core.card import model_card, public_lineage
 from core.errors import FinetuiError
 from core.paths import cache_dir
@@ -197,7 +197,7 @@ def check_upload(plan: Plan, run: "Run | None") -> list[str]:
         kind = "private, will be made" if plan.export.private else "PUBLIC, will be made"
     lines = [f"Upload to {name} ({kind}), as {user}, {plan.export.uploaded_form}"]
     lines[0] += f" and GGUF {', '.join(plan.export.gguf)}" if plan.export.gguf else ""
-    if run is not None and all(run.stage_done(stage) for stage in plan.stages if stage != "upload"):
+    if run is not None and all(stage_done(run, stage) for stage in plan.stages if stage != "upload"):
         files = upload_files(run, plan)
         refuse_mixture(found, files)
         sizes = {one: size_of(content) for one, content in files.items()}

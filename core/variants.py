@@ -35,7 +35,7 @@ def variants_of(run: Run, plan: Plan, start: Path | None = None) -> list[Variant
     found = [Variant("base")] + ([Variant("start", start)] if start else [])
     begun = len(found)
     for stage in plan.training_stages:
-        if run.stage_done(stage):
+        if run.trained(stage):
             found.append(Variant(stage, run.final_model(stage)))
         elif checkpoint := run.newest_checkpoint(stage):
             found.append(Variant(f"{stage}-{checkpoint.name.removeprefix('checkpoint-')}", checkpoint))

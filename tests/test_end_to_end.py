@@ -93,7 +93,7 @@ def test_stop_saves_a_checkpoint_and_resume_finishes(make_run: MakeRun) -> None:
     assert not run.stop_path.exists()
     told = command("resume", run.name)
     assert told.returncode == 0, told.stderr
-    assert finish(run) == "done" and run.stage_done("sft")
+    assert finish(run) == "done" and run.trained("sft")
     assert list(losses(run, "sft")) == list(range(1, 121))
 
 

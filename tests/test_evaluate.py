@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from test_training import Stage
 
 from core import train
+from core.artefacts import stage_done
 from core.cli import main
 from core.data import read_rows
 from core.errors import FinetuiError
@@ -59,7 +60,7 @@ def test_base_and_every_stage_answer_and_nothing_is_answered_twice(chain: Run, c
     rows = read_cases(folder)
     assert all(row["expected"].startswith("tool_call: set_timer\narguments:") for row in rows)
     assert {name for row in rows for name in row["answers"]} == {"base", "sft", "kto"}
-    assert read_report(folder) == report and chain.stage_done("evaluate")
+    assert read_report(folder) == report and stage_done(chain, "evaluate")
     assert len(counted) == 9
     second = again(chain)
     assert len(counted) == 9 and second["table"] == report["table"] and read_cases(folder) == rows
@@ -124,7 +125,7 @@ def test_a_stopped_run_is_evaluated_with_its_newest_checkpoint(make_run: MakeRun
     Stage(run, "sft").trainer.train()
     report = again(run)
     assert report["variants"] == ["base", "sft-4"] and not report["complete"]
-    assert not run.stage_done("evaluate"), "the run's own evaluation is still to come"
+    assert not stage_done(run, "evaluate"), "the run's own evaluation is still to come"
 
 
 def test_the_loss_is_the_one_training_measures(make_run: MakeRun) -> None:

@@ -123,7 +123,7 @@ def test_what_is_asked_of_a_run_that_trains_is_made_when_it_has_trained(make_run
     begin(run, plan)
     assert is_alive(run)
     assert finish(run) == "done"
-    assert run.stage_done("sft") and is_complete(merged(run))
+    assert run.trained("sft") and is_complete(merged(run))
     assert [stage.name for stage in run.state().stages] == ["sft", "merge"]
     hashes = json.loads((run.stage_path("sft") / "data.json").read_text())["sha256"]
     lineage = json.loads((merged(run) / "finetui.json").read_text())

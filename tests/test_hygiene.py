@@ -5,6 +5,7 @@ import subprocess
 import sys
 import unicodedata
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -38,12 +39,20 @@ def imports(path: Path) -> Iterator[tuple[str, bool]]:
     }
     for node in ast.walk(tree):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names += [f"core.{alias.name}" for alias in node.names] if node.module == "core" else [node.module]
         yield from ((name, id(node) not in inside) for name in names)
 
 
 def test_these_tests_see_the_whole_core() -> None:
     assert len(CORE) >= 20 and {"cli.py", "train.py", "runner.py"} <= {path.name for path in CORE}
+
+
+def test_no_module_of_core_needs_one_that_needs_it() -> None:
+    known = {f"core.{path.stem}" for path in CORE}
+    needs = {f"core.{path.stem}": {name for name, _ in imports(path)} & known for path in CORE}
+    assert sum(map(len, needs.values())) > len(known)
+    list(TopologicalSorter(needs).static_order())  # raises CycleError, which names the circle
 
 
 def test_commands_runner_and_doctor_start_without_the_training_stack_and_without_the_app() -> None:

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from rich.console import Console
 from test_events import wild_events
 
+from core.artefacts import stage_done
 from core.checkpoints import MANIFEST, complete_checkpoints, is_complete, write_manifest
 from core.errors import FinetuiError
 from core.paths import runs_dir, writing_whole
@@ -204,9 +205,9 @@ def test_a_stage_is_done_when_its_model_is_whole(named: MakeNamed) -> None:
     run = named()
     run.final_model("sft").mkdir(parents=True)
     (run.final_model("sft") / "adapter").write_text("x")
-    assert not run.stage_done("sft") and not run.stage_done("evaluate")
+    assert not run.trained("sft") and not stage_done(run, "evaluate")
     write_manifest(run.final_model("sft"))
-    assert run.stage_done("sft")
+    assert run.trained("sft")
 
 
 # --- the history ---

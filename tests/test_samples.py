@@ -223,7 +223,7 @@ def test_a_stage_that_stopped_early_and_was_killed_before_it_was_saved_does_not_
     assert checkpoint is not None and patience_is_over(history_of(checkpoint), stage.settings)
     before = losses(run, "sft")
     assert train.train_stage(run, run.plan(), "sft", "", Reporter(run, "sft")) is False
-    assert losses(run, "sft") == before and run.stage_done("sft")
+    assert losses(run, "sft") == before and run.trained("sft")
     final, last = (load_file(f / "adapter_model.safetensors") for f in (run.final_model("sft"), checkpoint))
     assert all(torch.equal(value, last[key]) for key, value in final.items())
 

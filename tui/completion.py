@@ -74,7 +74,7 @@ def paths(text: str, *, folders_only: bool) -> list[str]:
 def finished_runs(runs_folder: Path, start: str) -> list[str]:
     """Names of the newest runs with a finished model."""
     named = [run for run in list_runs(runs_folder) if run.name.startswith(start)]
-    return [run.name for run in named[:MAX_RUNS] if run.stage_done("kto") or run.stage_done("sft")]
+    return [run.name for run in named[:MAX_RUNS] if run.trained("kto") or run.trained("sft")]
 
 
 def cached_names(prefix: str) -> list[str]:

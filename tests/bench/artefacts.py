@@ -58,7 +58,7 @@ def main() -> int:
 def trained(folder: Path, *, four_bit: bool) -> Run:
     """The finished run `bench` or `bench-4bit`, made where it is missing."""
     run = Run(folder / ("bench-4bit" if four_bit else "bench"))
-    if not (run.plan_path.exists() and run.stage_done("sft")):
+    if not (run.plan_path.exists() and run.trained("sft")):
         shutil.rmtree(run.path, ignore_errors=True)
         settings = {"name": run.name, "sft.max_steps": 40 if four_bit else 56, "evaluate.enabled": False,
                     "sft.data.demo": True, "sft.max_length": 512, "sft.warmup_ratio": 0.05, "export.check_tokens": 48,

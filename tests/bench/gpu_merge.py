@@ -47,8 +47,8 @@ def main() -> int:
     options.work.mkdir(parents=True, exist_ok=True)
     os.environ["FINETUI_RUNS"] = str(options.work.absolute() / "runs")
     run = train(options)
-    check("train: done in 4 bit", run.stage_done("sft"), run.state().end_status)
-    if run.stage_done("sft"):
+    check("train: done in 4 bit", run.trained("sft"), run.state().end_status)
+    if run.trained("sft"):
         merge(run)
         for what in ("equal", "apart", "four", "exact"):
             inside(options, what, run)

@@ -143,7 +143,7 @@ def check_stage(run: Run, stage: str, steps: int) -> None:
     )
     kept = [int(path.name.split("-")[1]) for path in complete_checkpoints(run.stage_path(stage) / "checkpoints")]
     check(f"{name}: complete checkpoints", bool(kept) and kept[0] == steps, kept)
-    check(f"{name}: final model is whole", run.stage_done(stage))
+    check(f"{name}: final model is whole", run.trained(stage))
     if stage == "kto" and logs:
         shown = {key: logs[0].get(key) for key in ("loss", "rewards/chosen", "rewards/rejected", "kl")}
         # zero up to the rounding of bf16 logits over some hundred tokens

@@ -95,7 +95,7 @@ def train(folder: Path, name: str, entry: dict[str, Any], path: Path, setting: s
         settings = dict(parse_setting(f"{key}={value}") for key, value in values.items())
         plan = resolve(stage, None, {key: (value, "bench") for key, value in settings.items()}, gpu_present=False)
         runner.start(create_run(folder, settle(plan)))
-    elif not is_alive(run) and not run.stage_done(stage):
+    elif not is_alive(run) and not run.trained(stage):
         runner.resume(run)
     while is_alive(run):
         time.sleep(1)

@@ -265,7 +265,7 @@ def test_a_strangers_run_may_not_run_its_models_code(
 ) -> None:
     monkeypatch.setenv("FINETUI_CACHE", str(tmp_path / "cache"))
     own = named("own", model__name="some/model", model__trust_remote_code=True)
-    refuse_strangers(own)
+    refuse_strangers(own.path, own.plan)
     received = own.path.with_name("received")
     shutil.copytree(own.path, received)
     for deed in (lambda: runner.start(Run(received)), lambda: runner.start(Run(received), "evaluate", "x")):
@@ -274,10 +274,10 @@ def test_a_strangers_run_may_not_run_its_models_code(
         assert TRUST_ENV in caught.value.advice
     own.plan_path.write_text(own.plan_path.read_text().replace("some/model", "evil/model"))
     with pytest.raises(FinetuiError, match="evil/model"):
-        refuse_strangers(own)
+        refuse_strangers(own.path, own.plan)
     monkeypatch.setenv(TRUST_ENV, "1")
-    refuse_strangers(Run(received))
-    remember_trust(own, Plan())
+    refuse_strangers(received, Run(received).plan)
+    remember_trust(own.path, Plan())
     assert len(list((tmp_path / "cache" / "trusted").iterdir())) == 1
 
 
