@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 # One thread each: tiny models gain nothing from two, and waiting threads of several processes starve each other.
@@ -24,6 +25,12 @@ from core.config import Resolved, resolve
 from core.gpu import GpuReport
 from core.paths import cache_dir
 from core.runs import Run, create_run, is_alive
+
+# A busy machine is no failure: examples may take as long as they take.
+hypothesis.settings.register_profile(
+    "patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], print_blob=True
+)
+hypothesis.settings.load_profile("patient")
 
 SHARED_DATA = Path(os.environ.get("FINETUI_SHARED_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
 USER = {"role": "user", "content": "Set a timer for 5 minutes"}

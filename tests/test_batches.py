@@ -11,7 +11,7 @@ from core.batches import batch_sizes, kto_batches, padding, repeats
 from core.data import read_rows
 
 # Hypothesis itself throws away what it drew where an epoch grows large, and counts that as filtering.
-EPOCHS = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
+EPOCHS = settings(max_examples=150, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
 
 
 @st.composite
@@ -102,7 +102,7 @@ def test_rows_of_one_prompt_alone_are_batched_all_the_same() -> None:
     assert all(good(batch, [True, False] * 500) == 4 for batch in batches)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(epochs(), st.integers(0, 5))
 def test_the_order_is_the_same_for_a_seed_and_an_epoch(
     epoch: tuple[list[bool], list[int], int, int], number: int

@@ -158,7 +158,7 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=3
 answers = texts.filter(lambda text: not text[0].isspace())  # see the next test
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(st.tuples(texts, answers), min_size=1, max_size=4), st.none() | texts)
 def test_whatever_is_written_the_trained_tokens_are_the_answers(
     chatml: Template, exchanges: list[tuple[str, str]], system: str | None
@@ -399,7 +399,7 @@ def test_a_cut_row_without_a_target_is_left_out(chatml: Template) -> None:
     assert len(ledger.examples) + len(ledger.left_out) == 2
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.lists(st.integers(0, 60), min_size=1, max_size=6),
     st.integers(8, 90),

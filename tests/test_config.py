@@ -444,7 +444,7 @@ def test_a_source_with_a_line_end_in_its_name_does_not_break_the_plan(plan_file:
     assert load_plan(tmp_path / "saved.yaml") == found.plan
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.data(), st.sampled_from(METHODS))
 def test_a_saved_plan_is_read_back_equal(scratch: Path, data: st.DataObject, method: str) -> None:
     free = [path for path in OPTIONS if path != "method" and "max_prompt" not in path and "model.size" not in path]

@@ -11,7 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from conftest import ANSWER, SHARED_DATA, USER, WriteFile, good
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.data import Conversation, Rows, class_weights, holdout_split, read_rows
@@ -155,7 +155,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("fuzz")
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=200)
 @given(st.lists(some_rows, max_size=8), st.sampled_from(["sft", "kto"]))
 def test_used_rows_and_rows_left_out_add_up_to_the_file(scratch: Path, rows: list[Any], method: str) -> None:
     path = scratch / "rows.jsonl"
@@ -174,7 +174,7 @@ garbage = st.binary(max_size=200) | st.lists(pieces | st.text(max_size=4), max_s
 )
 
 
-@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=500)
 @given(garbage, st.sampled_from(["jsonl", "json", "csv", "tsv", "parquet"]), st.sampled_from(["sft", "kto"]))
 def test_no_bytes_raise_anything_but_one_clear_sentence(scratch: Path, content: bytes, kind: str, method: str) -> None:
     path = scratch / f"rows.{kind}"
@@ -182,7 +182,7 @@ def test_no_bytes_raise_anything_but_one_clear_sentence(scratch: Path, content: 
     read_or_refused(path, method)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.data())
 def test_no_damage_to_a_good_file_raises_anything_but_one_clear_sentence(scratch: Path, data: st.DataObject) -> None:
     kind = data.draw(st.sampled_from(["jsonl", "json", "csv", "parquet"]))
@@ -302,7 +302,7 @@ labelled = st.integers(2, 80).flatmap(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(labelled, st.floats(0.01, 0.5), st.integers(0, 99))
 def test_a_prompt_is_never_on_both_sides_of_the_split(
     rows: tuple[list[int], list[bool]], share: float, seed: int

@@ -51,7 +51,7 @@ def test_what_cannot_be_mended_without_guessing_stays_out(line: bytes) -> None:
     assert isinstance(mended_line(line)[0], Unreadable)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.binary(max_size=80) | st.text("{}[]'\":,\\ \n\0a1é", max_size=40).map(str.encode))
 def test_no_line_raises(line: bytes) -> None:
     mended_line(line)

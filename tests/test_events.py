@@ -300,7 +300,7 @@ wild_events = st.builds(
 )
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(st.lists(wild_events, max_size=8))
 def test_no_event_can_make_a_reader_raise(events: list[dict[str, Any]]) -> None:
     state = RunState()

@@ -114,7 +114,7 @@ def test_a_model_whose_shape_cannot_be_told_has_no_estimate_and_no_traceback(tmp
 
 
 @given(st.sampled_from(["3b", "7b", "13b"]), st.sampled_from(["sft", "kto"]), st.integers(1, 80), st.integers(64, 4096))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_an_arrangement_keeps_the_step_and_stays_inside_its_budget(size: str, stage: str, card: int, most: int) -> None:
     plan = planned(size, stage)
     lengths, budget = Lengths([most] * 512), card * GIB

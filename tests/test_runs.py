@@ -301,7 +301,7 @@ def test_a_malformed_event_of_a_known_kind_is_shown_without_harm(named: MakeName
     assert isinstance(line_of(events[1], run.state()), str)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(events=wild_events)
 def test_no_log_can_make_the_history_or_a_view_raise(named: MakeNamed, folder: Path, events: dict[str, Any]) -> None:
     run = Run(folder / "wild") if (folder / "wild").exists() else named("wild")

@@ -62,7 +62,7 @@ def test_no_text_keeps_a_character_that_a_terminal_acts_on(text: str, limit: int
 
 
 @given(EVENTS)
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=60)
 def test_no_byte_of_a_log_reaches_the_terminal_as_a_control(tmp_path: Path, events: list[dict[str, Any]]) -> None:
     run = Run(tmp_path / "evil")
     run.path.mkdir(exist_ok=True)
@@ -80,7 +80,7 @@ def test_no_byte_of_a_log_reaches_the_terminal_as_a_control(tmp_path: Path, even
 
 
 @given(text=HOSTILE)
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=30)
 def test_no_argument_of_the_command_line_comes_back_as_a_control(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     if text.startswith("-") or "\x00" in text:
         return
