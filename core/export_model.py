@@ -38,6 +38,7 @@ from core.plan import Plan
 from core.reporter import Reporter, Stopped
 from core.runs import Run
 from core.sources import ModelSource, model_source
+from core.train_fit import out_of_memory
 from core.train_model import load_tokenizer
 
 LEAST_AGREEMENT = 0.9
@@ -242,14 +243,32 @@ def check_merge(
     except Exception as error:  # a form that only its own trainer loads, or no memory: the merge is none the worse
         answers.forget()
         return {"skipped": f"the trained model cannot be asked ({' '.join(str(error).split())[:160]})"}
-    merged = answers.exported_model(folder, plan.device)
+    weight = _weight(step)
+    try:
+        begun = step + len(asked) * weight
+        seen = _logits_of(folder, plan.device, asked, replies, reporter, "merged model", begun, weight)
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        error.__traceback__ = None  # its frames hold the model
+        answers.forget()
+        return {"skipped": "memory ran out while the merged model was asked", "reference": reference}
+    return {"reference": reference, **answers.compare(asked, replies, expected, seen).as_json()}
+
+
+def _logits_of(
+    folder: Path, device: str, asked: list[answers.Question], replies: list[list[int]], reporter: Reporter, whose: str,
+    step: int, weight: int = 1,
+) -> list[torch.Tensor]:  # fmt: skip
+    """The exported model's logits before each token of another's replies; progress from `step` on."""
+    model = answers.exported_model(folder, device)
     seen = []
     for number, (question, reply) in enumerate(zip(asked, replies, strict=True), 1):
-        seen.append(answers.forced(merged, question.ids, reply))
-        _step(reporter, step + (len(asked) + number) * _weight(step), f"merged model: {number} of {len(asked)} prompts")
-    del merged
+        seen.append(answers.forced(model, question.ids, reply))
+        _step(reporter, step + number * weight, f"{whose}: {number} of {len(asked)} prompts")
+    del model
     answers.forget()
-    return {"reference": reference, **answers.compare(asked, replies, expected, seen).as_json()}
+    return seen
 
 
 def _trained_answers(
@@ -326,13 +345,7 @@ def _pack_4bit(run: Run, plan: Plan, report: dict[str, Any], reporter: Reporter)
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
         )  # fmt: skip
-        place: Any = {"": 0 if torch.cuda.is_available() else "cpu"}
-        model = AutoModelForCausalLM.from_pretrained(
-            str(source), quantization_config=config, device_map=place, use_safetensors=True, dtype="auto"
-        )
-        model.save_pretrained(str(fresh))
-        del model
-        answers.forget()
+        _save_packed(source, fresh, config, reporter)
         for file in source.iterdir():
             if file.is_file() and not (fresh / file.name).exists() and "safetensors" not in file.name:
                 shutil.copyfile(file, fresh / file.name)
@@ -349,6 +362,25 @@ def _pack_4bit(run: Run, plan: Plan, report: dict[str, Any], reporter: Reporter)
     reporter.event("artefact", what="merged_4bit", path=_inside(run, target), bytes=size, check=found)
 
 
+def _save_packed(source: Path, target: Path, config: BitsAndBytesConfig, reporter: Reporter) -> None:
+    """Pack on the GPU where there is one and it has room, else on the CPU, which takes longer."""
+    for place in (0, "cpu") if torch.cuda.is_available() else ("cpu",):
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                str(source), quantization_config=config, device_map={"": place}, use_safetensors=True, dtype="auto"
+            )
+            model.save_pretrained(str(target))
+            del model
+            return
+        except Exception as error:
+            if place == "cpu" or not out_of_memory(error):
+                raise
+            error.__traceback__ = None  # its frames hold the model
+            reporter.notice("GPU memory ran out while packing: it is done on the CPU.", "warning")
+        finally:
+            answers.forget()
+
+
 def _check_4bit(plan: Plan, merged: Path, packed: Path, parameters: int, reporter: Reporter) -> dict[str, Any]:
     """How far the packed model, read back, gives the merged one's answers."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -359,17 +391,19 @@ def _check_4bit(plan: Plan, merged: Path, packed: Path, parameters: int, reporte
     asked = answers.questions(plan, Template.of(tokenizer), reporter.detail)
     reporter.event("totals", steps=2 * len(asked))
     with reporter.phase("check", f"4 bit, {len(asked)} prompts"):
-        model = answers.exported_model(merged, device)
-        replies, expected = _answers_of(model, tokenizer, plan, asked, reporter, "merged model")
-        del model
-        answers.forget()
-        model = answers.exported_model(packed, device)
-        seen = []
-        for number, (question, reply) in enumerate(zip(asked, replies, strict=True), 1):
-            seen.append(answers.forced(model, question.ids, reply))
-            _step(reporter, len(asked) + number, f"4-bit model: {number} of {len(asked)} prompts")
-        del model
-        answers.forget()
+        try:
+            model = answers.exported_model(merged, device)
+            replies, expected = _answers_of(model, tokenizer, plan, asked, reporter, "merged model")
+            del model
+            answers.forget()
+            seen = _logits_of(packed, device, asked, replies, reporter, "4-bit model", len(asked))
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            error.__traceback__ = None  # its frames hold the model
+            answers.forget()
+            reporter.notice("merged_4bit was not compared with merged_16bit: memory ran out.", "warning")
+            return {"skipped": "memory ran out", "reference": "merged_16bit"}
     found = {"reference": "merged_16bit", **answers.compare(asked, replies, expected, seen).as_json()}
     share = found["token_agreement"]
     words = (

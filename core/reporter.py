@@ -11,6 +11,7 @@ from typing import Any
 from core.errors import FinetuiError
 from core.events import FULL, LAST_WORDS
 from core.runs import Run
+from core.stages import TRAINING_STAGES
 
 RESUME_ADVICE = "See train.log; `finetui resume` goes on from the newest checkpoint."
 
@@ -77,7 +78,9 @@ class Reporter:
         if isinstance(error, FinetuiError):
             message, advice = error.message, error.advice
         elif type(error).__name__ == "OutOfMemoryError":
-            advice = f"Lower {self.stage}.max_length or lora.r, or turn on gradient checkpointing."
+            advice = "Free GPU memory (`nvidia-smi` names who holds it), then `finetui resume`."
+            if self.stage in TRAINING_STAGES:
+                advice = f"Lower {self.stage}.max_length or lora.r, or turn on gradient checkpointing."
         elif isinstance(error, OSError) and error.errno == 28:
             advice = "The disk is full: free some space, then `finetui resume`."
         self.event(

@@ -24,7 +24,9 @@ from core.commands_export import begin, check_export
 from core.config import resolve, save_plan
 from core.errors import FinetuiError
 from core.events import EventTail
+from core.export_model import merge_stage
 from core.lineage import lineage_of
+from core.reporter import Reporter
 from core.runs import Run, is_alive, request_stop
 
 
@@ -67,6 +69,22 @@ def test_a_merged_model_stands_on_its_own_and_answers_as_base_and_adapter(
     capfd.readouterr()
     assert main(["merge", "one"]) == 0
     assert "made already" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("asked_of", ["trained_model", "exported_model"])
+def test_memory_that_runs_out_at_the_check_leaves_the_merge_made_and_says_so(
+    finished: Finished, monkeypatch: pytest.MonkeyPatch, asked_of: str
+) -> None:
+    def full(*args: Any) -> Any:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    run = finished()
+    monkeypatch.setattr(f"core.export_model.answers.{asked_of}", full)
+    merge_stage(run, run.plan(), Reporter(run, "merge"))
+    assert made(run, "merge") and is_complete(merged(run))
+    check = read_report(run, "merge")["forms"]["merged_16bit"]
+    assert "memory" in check["skipped"] and "token_agreement" not in check
+    assert "was not compared with the trained one" in kinds(run, "notice")[-1]["text"]
 
 
 def test_any_checkpoint_can_be_merged_and_an_unknown_one_is_refused(
