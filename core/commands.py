@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from core import runner
 from core.backend import make_plan
@@ -15,7 +15,7 @@ from core.children import CHILD_ENV, stage_environment
 from core.config import Resolved
 from core.console import open_app, print_json, take_token
 from core.data import Conversation
-from core.errors import FinetuiError
+from core.errors import FinetuiError, about
 from core.flags import settings_of
 from core.heldout import NO_PROMPTS, NO_PROMPTS_ADVICE, held_out, prompts_of
 from core.hub import refuse_name
@@ -26,6 +26,9 @@ from core.sources import model_folder, model_source
 from core.text import clean
 from core.tools import read_tools
 from core.watch import console, follow, runs_table, show_run
+
+if TYPE_CHECKING:
+    from core.data_ledger import Ledger
 
 
 def resolved(arguments: argparse.Namespace, method: str, *, demo: bool = False, card: int | None = None) -> Resolved:
@@ -96,17 +99,21 @@ def preflight(plan: Plan) -> list[str]:
     """
     from core.data_reader import Rows
     from core.disk import refuse_small_disk
-    from core.prepare import planned_steps, stage_ledger
+    from core.prepare import planned_steps
 
-    source = model_source(plan.model, lambda text: None, fetch=False)
-    notices, steps = [], {}
+    with about("model"):
+        source = model_source(plan.model, lambda text: None, fetch=False)
+    notices, steps = demo_beside_own(plan), {}
     for stage in plan.training_stages:
         settings = plan.stage(stage)
         if settings.data.dataset and not (settings.data.file or settings.data.files):
-            refuse_name(settings.data.dataset)
+            with about(f"{stage}.data"):
+                refuse_name(settings.data.dataset)
             continue
-        ledger = stage_ledger(settings, stage, lambda text: None)
-        _refuse_hopeless_limit(stage, settings, Rows(ledger).each(ledger.used), source.base)
+        with about(f"{stage}.data"):
+            ledger = _checked_ledger(plan, stage)
+        with about(f"{stage}.max_length"):
+            _refuse_hopeless_limit(stage, settings, Rows(ledger).each(ledger.used), source.base)
         steps[stage] = planned_steps(settings, stage, len(ledger.training()))
         totals = ledger.totals()
         if totals["left_out"]:
@@ -122,6 +129,30 @@ def preflight(plan: Plan) -> list[str]:
         notices += _preflight_evaluation(plan)
     refuse_small_disk(plan, source, steps, runs_dir())
     return notices
+
+
+def demo_beside_own(plan: Plan) -> list[str]:
+    """Which stages would train on the demo's rows while others have rows of their own: seldom what is meant."""
+    demo = [name for name in plan.training_stages if plan.stage(name).data.demo]
+    own = [name for name in plan.training_stages if name not in demo]
+    return [
+        f"{name.upper()} trains on the demo's rows (made-up tool calls), {own[0].upper()} on yours. "
+        f"Rows for {name.upper()} too: on the wizard's data page, or --set {name}.data.file=FILE."
+        for name in demo
+        if own
+    ]
+
+
+def _checked_ledger(plan: Plan, stage: str) -> "Ledger":
+    """The ledger of a stage before it is tokenised. Raises FinetuiError."""
+    from core.prepare import stage_ledger
+
+    try:
+        return stage_ledger(plan.stage(stage), stage, lambda text: None)
+    except FinetuiError as error:
+        if len(plan.training_stages) > 1:
+            error.advice += f" Or name other rows for {stage.upper()} alone (--set {stage}.data.file=FILE)."
+        raise
 
 
 def _preflight_evaluation(plan: Plan) -> list[str]:

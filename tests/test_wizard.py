@@ -291,7 +291,7 @@ async def test_a_trainer_gets_ready_while_the_review_is_read_and_is_the_runs_own
 ) -> None:
     monkeypatch.setattr("core.ready.TRIED", {"trl"})
     monkeypatch.setattr("core.ready.WORTH_BYTES", 0)
-    monkeypatch.setattr("tui.wizard.READ_S", 0.0)
+    monkeypatch.setattr("tui.review.READ_S", 0.0)
     kept: list[Ready] = []
     monkeypatch.setattr("core.ready.Ready", lambda environment: kept.append(Ready(environment)) or kept[-1])
     app = WizardApp(draft_of("sft", tiny_model, rows_file(), 4), tmp_path)

@@ -1,6 +1,6 @@
 """The wizard's page about data: which rows each stage learns from, and the data room below them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,13 @@ from textual.widget import Widget
 from textual.widgets import Input
 
 from core.data_rows import COLUMNS, ROLE_HELP
+from core.errors import FinetuiError
 from core.paths import runs_dir
 from core.text import clean
 from tui.completion import PathLine, load_columns
-from tui.data_room import VIEWS, DataRoom
-from tui.pages import Page
+from tui.data_room import FINDINGS, VIEWS, DataRoom
+from tui.draft import Checked, Draft
+from tui.pages import Page, problem_words
 from tui.widgets import Choice, Line, Words, keys
 
 ROW_KINDS = (("demo", "the demo's rows"), ("file", "a file"), ("hub", "a Hub data set"))
@@ -44,6 +46,39 @@ class DataPage(Page):
 
     close = False
     """Whether the data room has taken the room of the other lines."""
+    waits_for_check = True
+
+    def __init__(self, draft: Draft) -> None:
+        super().__init__(draft)
+        self.troubles: Mapping[str, FinetuiError | None] = {}
+        """What is in the way of training on the rows of each stage, as far as they are known."""
+        self._held: set[str] = set()
+
+    @property
+    def waits_for_rows(self) -> bool:
+        """Whether a file has not been looked into yet."""
+        return any(self.draft.data[stage].kind == "file" and stage not in self.troubles for stage in self.draft.stages)
+
+    def ready(self, found: Checked | None) -> bool:
+        """Whether every stage has rows to learn from; else it is said, and the focus goes where it can be mended."""
+        for stage in self.draft.stages:
+            if error := self.troubles.get(stage):
+                self._held.add(stage)
+                self.report(stage, problem_words(error))
+                self.app.bell()
+                self._lead_to(stage)
+                return False
+        return True
+
+    def _lead_to(self, stage: str) -> None:
+        """Put the focus on the line that names the rows of a stage, or on what was found in them."""
+        room, kind = self.query_one(DataRoom), self.draft.data[stage].kind
+        if room.shown[stage].look:
+            room.stage = stage
+            room.action_view(FINDINGS)
+            room.focus()
+        else:
+            self.query_one(f"#rows-{stage}").query_one(".file" if kind == "file" else ".dataset").focus()
 
     def compose(self) -> ComposeResult:
         yield Words("Which rows?", classes="question")
@@ -105,6 +140,13 @@ class DataPage(Page):
             block.query_one(name).display = kind == "hub" and not self.close
 
     def report(self, stage: str, words: Content) -> None:
+        """Say what is known of the rows of a stage."""
+        own = [other.upper() for other in self.draft.stages if self.draft.data[other].kind != "demo"]
+        if stage in self._held:
+            words = Content.assemble(("Not yet. ", "bold"), words)
+        elif own and self.draft.data[stage].kind == "demo":
+            warning = f"! {stage.upper()} would learn the demo's made-up tool calls, not what {own[0]} learns."
+            words = Content.assemble((warning, "$text-warning"), "  ←/→ chooses.\n", words)
         self.query_one(f"#rows-{stage}").query_one(".report", Words).say(words)
 
     @staticmethod
@@ -115,6 +157,7 @@ class DataPage(Page):
     @on(Choice.Changed)
     def chosen(self, event: Choice.Changed) -> None:
         stage = self._stage_of(event.choice)
+        self._held.clear()
         rows = self.draft.data[stage] = self.draft.data[stage].model_copy(update={"kind": event.value})
         rows.columns = load_columns(rows)
         self._lay_out(stage)
@@ -124,6 +167,7 @@ class DataPage(Page):
     @on(Input.Changed)
     def typed(self, event: Input.Changed) -> None:
         stage = self._stage_of(event.input)
+        self._held.clear()
         named = ("file", "dataset", *(name for name, _ in HUB_LINES))
         name = next(name for name in named if event.input.has_class(name))
         if event.value != getattr(self.draft.data[stage], name):

@@ -58,6 +58,11 @@ class Page(VerticalScroll, can_focus=False):
     waits_for_check = False
     """Whether going on has to wait until the newest change was checked."""
 
+    @property
+    def waits_for_rows(self) -> bool:
+        """Whether it has to wait until something is known of the rows."""
+        return False
+
     class Edited(Message):
         """The draft was changed."""
 
