@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from core.hub import refuse_name
 from core.paths import configs_dir, runs_dir
 from core.plan import DataPlan, Plan, StagePlan
 from core.runs import Run, create_run, delete_run, find_run, list_runs, request_stop, status, summary
-from core.sources import model_folder, model_source
+from core.sources import is_untuned, model_folder, model_source
 from core.text import clean
 from core.tools import read_tools
 from core.watch import console, follow, runs_table, show_run
@@ -77,7 +77,10 @@ def _take_on_end(arguments: argparse.Namespace) -> None:
         os.environ[runner.ON_END_ENV] = arguments.on_end
 
 
-def _after_start(run: Run, arguments: argparse.Namespace, notices: list[str] | None = None) -> int:
+def _after_start(
+    run: Run, arguments: argparse.Namespace, notices: list[str] | None = None, done: Sequence[str] = (), since: int = 0
+) -> int:
+    """Say that the run was started, and follow it from byte `since` of its events; `done` are stages behind it."""
     if arguments.json and arguments.detach:
         print_json({"run": run.name, "path": str(run.path)})
         return 0
@@ -85,11 +88,13 @@ def _after_start(run: Run, arguments: argparse.Namespace, notices: list[str] | N
         out = console()
         for notice in notices or []:
             out.print(clean(notice), style="yellow", markup=False, highlight=False)
-        out.print(f"Run {run.name} started in {run.path}", markup=False, highlight=False)
+        before = f"; {', '.join(stage.upper() for stage in done)} was done before" if done else ""
+        verb = "started again" if since else "started"
+        out.print(f"Run {run.name} {verb} in {run.path}{before}", markup=False, highlight=False)
         if arguments.detach:
             out.print(f"Follow it with: finetui watch {run.name}", markup=False, highlight=False)
             return 0
-    return follow(run, as_json=arguments.json, ask=not arguments.json)
+    return follow(run, as_json=arguments.json, ask=not arguments.json, since=since)
 
 
 def preflight(plan: Plan) -> list[str]:
@@ -119,8 +124,8 @@ def preflight(plan: Plan) -> list[str]:
         if totals["left_out"]:
             reasons = "; ".join(f"{count} × {reason}" for reason, count in list(totals["reasons"].items())[:3])
             notices.append(f"{stage.upper()}: {totals['left_out']} of {totals['rows']} rows are left out: {reasons}")
-    if plan.method == "kto" and not source.adapter and not plan.model.name.startswith("run:"):
-        notices.append("KTO alone from a model that was not fine-tuned here: SFT first usually works better.")
+    if is_untuned(plan):
+        notices.append("KTO alone from a model that was not fine-tuned: SFT first usually works better.")
     if plan.export.stages:
         from core.commands_export import check_wishes
 
@@ -386,8 +391,10 @@ def resume(arguments: argparse.Namespace) -> int:
     _take_on_end(arguments)
     if getattr(arguments, "fix", False):
         apply_remedy(run)
+    before, since = run.state(), run.events_path.stat().st_size if run.events_path.is_file() else 0
     runner.resume(run)
-    return _after_start(run, arguments)
+    done = [stage.name for stage in before.stages if stage.state == "done"]
+    return _after_start(run, arguments, done=done, since=since)
 
 
 def apply_remedy(run: Run) -> None:
