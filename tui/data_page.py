@@ -30,13 +30,17 @@ HUB_LINES = (
     ("dataset_revision", "revision (main)"),
 )  # fmt: skip
 WIDE, LOW = 100, 27
+LOOK = Binding.Group(", ".join(VIEWS).capitalize(), compact=True)
 NEEDS = {"sft": "conversations", "kto": "conversations labelled true or false"}
 
 
 class DataPage(Page):
     """A block for each stage: which rows, and what a look into them found; below them the data room."""
 
-    BINDINGS = [Binding(str(number), f"view({number - 1})", name, show=False) for number, name in enumerate(VIEWS, 1)]
+    BINDINGS = [
+        *(Binding(str(number), f"view({number - 1})", name, group=LOOK) for number, name in enumerate(VIEWS, 1)),
+        Binding("m", "columns", "Columns"),
+    ]
 
     @dataclass
     class Wanted(Message):
@@ -130,6 +134,20 @@ class DataPage(Page):
     def action_view(self, view: int) -> None:
         """A view of the data room, from anywhere but a line that is typed into."""
         self.query_one(DataRoom).action_view(view)
+
+    def action_columns(self) -> None:
+        """Say which column of the rows is what, of the stage in whose lines the focus is."""
+        stage = self._focused_stage
+        self.query_one(DataRoom).post_message(DataRoom.Asked(stage, "columns"))
+
+    @property
+    def _focused_stage(self) -> str:
+        around = self.screen.focused.ancestors_with_self if self.screen.focused else []
+        blocks = [str(node.id).removeprefix("rows-") for node in around if node.has_class("rows")]
+        return blocks[0] if blocks else next((room.stage for room in self.query(DataRoom)), self.draft.stages[0])
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        return self.draft.data[self._focused_stage].kind != "demo" if action == "columns" else True
 
     def _lay_out(self, stage: str) -> None:
         """Show the lines that the kind of rows needs."""
