@@ -267,7 +267,7 @@ def fit(arguments: argparse.Namespace) -> int:
         if card or error.exit_code != 3:
             raise
         raise FinetuiError(error.message, "--card 24 asks about a GPU of 24 GiB.", exit_code=3) from error
-    place = Place(f"a card of {arguments.card:g} GiB", card, card) if card else place_of(plan.plan)
+    place = Place(f"a GPU of {arguments.card:g} GiB", card, card) if card else place_of(plan.plan)
     if place is None:
         raise FinetuiError("The driver does not say how much memory the GPU has.", "Use --card GIB.", exit_code=3)
     lengths, notes = {}, []

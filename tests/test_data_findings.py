@@ -79,6 +79,19 @@ CASES: list[tuple[str, list[Any], str, list[int], dict[str, Any]]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("name", "untuned"),
+    [
+        ("unsloth/mistral-7b-v0.3-bnb-4bit", True), ("org/wait-and-see-7b", True), ("run:last", False),
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", False), ("/models/Llama-2-7b-chat-hf/", False),
+        ("google/gemma-2-2b-it", False),
+    ],
+)  # fmt: skip
+def test_kto_alone_is_advised_against_on_base_models_only(name: str, untuned: bool) -> None:
+    plan = resolve("kto", None, {"model.name": (name, "test")}, gpu_present=False).plan
+    assert is_untuned(plan) is untuned
+
+
 @pytest.mark.parametrize(("kind", "rows", "says", "at", "more"), CASES, ids=[case[0] for case in CASES])
 def test_each_defect_is_found_with_its_lines_and_a_remedy(
     file: WriteFile, kind: str, rows: list[Any], says: str, at: list[int], more: dict[str, Any]

@@ -20,7 +20,7 @@ from typing import Any
 from textual import events, on, work
 from textual.app import App, SystemCommand
 from textual.binding import Binding
-from textual.notifications import SeverityLevel
+from textual.content import Content
 from textual.screen import Screen
 from textual.widgets import Input
 
@@ -30,6 +30,7 @@ from core.watch import GLYPHS
 from tui.dashboard import DashboardScreen
 from tui.dialogs import Ended, HelpScreen
 from tui.home import HomeScreen
+from tui.widgets import HUES, Banner
 
 LOOK_AT_TERMINAL_S = 1.0
 LEAVE_S = 5.0
@@ -118,7 +119,8 @@ class FinetuiApp(App[None]):
 
     @on(Ended)
     def run_ended(self, event: Ended) -> None:
-        """Ring once for each end: the bell, a notification of the terminal, and a toast."""
+        """Ring once for each end: the bell, a notification of the terminal, and words in the line on top, for a toast
+        would cover the page one works on."""
         if (event.run_name, event.status) in self._told:
             return
         self._told.add((event.run_name, event.status))
@@ -126,8 +128,11 @@ class FinetuiApp(App[None]):
         self.bell()
         if self._driver is not None:
             self._driver.write(notification(words, in_tmux=bool(os.environ.get("TMUX"))))
-        severity: SeverityLevel = "information" if event.status in ("done", "stopped") else "error"
-        self.notify(f"{GLYPHS.get(event.status, '?')} {words}", severity=severity, markup=False)
+        told = f"{GLYPHS.get(event.status, '?')} {words.removeprefix('finetui: ')}"
+        news = Content.styled(told, HUES.get(event.status, ""))
+        for screen in self.screen_stack:
+            for banner in screen.query(Banner):
+                banner.tell(news)
 
     @on(DashboardScreen.GoOn)
     def go_on(self, event: DashboardScreen.GoOn) -> None:
