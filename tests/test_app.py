@@ -19,6 +19,7 @@ from core.flags import build_parser
 from core.paths import configs_dir
 from core.runs import Run, is_alive, take_lock
 from tui.app import FinetuiApp
+from tui.completion import PathLine
 from tui.dashboard import DashboardScreen
 from tui.data_room import DataRoom
 from tui.dialogs import Ask, Confirm, HelpScreen, LogScreen
@@ -183,9 +184,10 @@ async def test_the_data_page_holds_until_every_stage_has_rows_to_learn_from(
         await shows(pilot, "Type the path of a file.", "no usable row for KTO")
         await pilot.press("enter")
         await shows(pilot, "Not yet. ✘ No file is named for SFT.")
-        assert app.focused and app.focused.has_class("file")
-        await pilot.press(*str(rows_file(name="good.jsonl")), "enter")
-        await shows(pilot, "Not yet. ✘", "no label, which KTO needs")
+        assert isinstance(app.focused, PathLine)
+        app.focused.value = str(rows_file(name="good.jsonl"))
+        await pilot.press("enter")
+        await shows(pilot, "Not yet. ✘ rows.jsonl has no usable row for KTO")
         assert isinstance(app.focused, DataRoom) and app.focused.stage == "kto"
         screen = app.screen
         assert isinstance(screen, WizardScreen)

@@ -73,20 +73,23 @@ def test_a_column_that_there_is_not_is_refused_with_the_nearest_first(refused: R
     path = tmp_path / "rows.jsonl"
     path.write_text('{"id": 1, "frage": "a", "antwort": "b"}\n' * 300 + '{"frage": "a", "antwort": "b", "ton": "c"}\n')
     words = ("--column", "completion=antwort", "--column", "prompt=fragen")
-    for command in (("check", path, "--method", "sft"), ("sft", "--local-file", path, "--dry-run"),
-                    ("data", "sample", path, tmp_path / "out.jsonl"), ("data", "show", path, "--method", "sft")):  # fmt: skip
+    for command in (
+        ("check", path, "--method", "sft"), ("sft", "--local-file", path, "--dry-run"),
+        ("data", "sample", path, tmp_path / "out.jsonl"), ("data", "show", path, "--method", "sft"),
+    ):  # fmt: skip
         told = refused(*command, *words)
-        assert "has no column 'fragen', which --column names as prompt. It has frage, id, antwort" in told.replace("\n ", "")
+        assert "has no column 'fragen'" in told and "It has frage, id, antwort" in told
     assert main(["check", str(path), "--method", "sft", "--column", "prompt=frage", "--column", "completion=antwort",
                  "--column", "system=ton"]) == 0  # fmt: skip
 
 
 def test_the_demos_rows_beside_rows_of_ones_own_are_warned_of(
-    said: Callable[..., str], refused: Refused, tmp_path: Path
+    said: Callable[..., str], refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(ONE * 3)
-    told = said("sft-kto", "--set", f"sft.data.file={path}", "--dry-run")
+    monkeypatch.setattr("core.commands.runner.start", lambda run: 1)
+    told = said("sft-kto", "--set", f"sft.data.file={path}", "--detach", "--runs-dir", tmp_path / "runs")
     assert "KTO trains on the demo's rows" in told and "--set kto.data.file=FILE" in told
     assert "--set kto.data.file=FILE" in refused("sft-kto", "--local-file", path, "--dry-run")
 

@@ -255,7 +255,7 @@ def test_a_line_that_is_no_json_is_left_out_by_its_number_and_the_others_are_rea
 def test_rows_under_one_key_are_unwrapped(file: WriteFile, key: str, indent: int | None) -> None:
     path = file(json.dumps({key: ROWS}, indent=indent), "a.json")
     assert kind_of(path) == f'json, rows under "{key}"'
-    assert [row.messages for row in read_rows(path, "kto").used] == [row["messages"] for row in ROWS]
+    assert [row.messages for row in read_rows(path, "kto").used] == [row["conversations"] for row in ROWS]
 
 
 def test_a_row_whose_turns_stand_under_such_a_key_is_a_row(file: WriteFile) -> None:

@@ -8,6 +8,7 @@ import pytest
 from conftest import ANSWER, CALL, SHARED_DATA, USER, WriteFile, good
 from test_data_repeats import text
 
+from core.config import resolve
 from core.data_calls import calls_of, misfit
 from core.data_finding import Finding, Look
 from core.data_findings import findings, length_findings
@@ -17,6 +18,7 @@ from core.data_repeats import near_duplicates
 from core.data_shape import content_shape, histogram, packs, pattern_words, token_shape
 from core.data_survey import survey
 from core.data_tokens import tokenize
+from core.sources import is_untuned
 
 SOUND = [good(f"{text(12, n)}?", n % 2 == 0, answer=text(20, n + 500)) for n in range(60)]
 
