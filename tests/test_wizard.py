@@ -203,8 +203,8 @@ async def test_consequences_stand_beside_the_fields_and_follow_what_is_typed(
         await until(pilot, lambda: "→ 4 × 1 = 4 examples a step, 10 steps an epoch" in help_of(app, "kto.batch_size"))
         assert "30 steps in all" in help_of(app, "kto.num_train_epochs")
         assert "5 of 30 steps" in help_of(app, "kto.warmup_ratio")
-        await shows(pilot, "→ 30 steps of 4 examples; 40 examples in 10 steps make an epoch")
-        await shows(pilot, "tokens an epoch")
+        await shows(pilot, "→ 30 steps of 4 examples; an epoch is 10 steps, 40 examples")
+        await shows(pilot, "of them trained")
         setting(app, "kto.save_steps").query_one(".value").focus()
         assert "none before the end at step 30" in help_of(app, "kto.save_steps")
         await pilot.press("1", "0")
@@ -227,7 +227,7 @@ def test_steps_are_said_as_training_counts_them() -> None:
     assert consequence(plan, "sft.max_length", counts) == "the longest row kept has 71 tokens"
     assert consequence(plan, "lora.r", counts) == "alpha / r = 2"
     assert consequence(plan, "kto.batch_size", {}) == "4 × 1 = 4 examples a step"
-    assert "72 steps of 4 examples; 320 examples" in stage_words(plan, "kto", counts["kto"])
+    assert "72 steps of 4 examples; an epoch is 80 steps, 320 examples" in stage_words(plan, "kto", counts["kto"])
     assert stage_words(plan, "kto", None) == "72 steps of 4 examples"
 
 
@@ -258,9 +258,9 @@ async def test_the_review_foresees_steps_memory_disk_and_what_changed_and_runs_d
             await shows(pilot, "✘ The run and what is made of it take about", "checkpoints and result", "0 MiB free")
     app = WizardApp(draft, tmp_path)
     async with app.run_test(size=(120, 40)) as pilot:
-        text = await shows(pilot, "✔ ready", "tokens an epoch", "roughly", f"going by {run.name}", "100 tokens/s")
+        text = await shows(pilot, "✔ ready", "of them trained", "roughly", f"going by {run.name}", "100 tokens/s")
         assert f"since {run.name}: sft.learning_rate 0.001 → 0.0003; sft.num_train_epochs 3 → 2" in text
-        assert "10 steps of 4 examples; 20 examples in 5 steps make an epoch" in text
+        assert "10 steps of 4 examples; an epoch is 5 steps, 20 examples" in text
         assert "free on this machine (RAM)" in text and "GiB with 4 rows at once" in text and "an estimate" in text
         assert "rows are left out" in text
         await pilot.press("d")

@@ -75,14 +75,13 @@ class DataPage(Page):
         return True
 
     def _lead_to(self, stage: str) -> None:
-        """Put the focus on the line that names the rows of a stage, or on what was found in them."""
+        """Put the focus on the line that names the rows of a stage; where they were read, show what was found."""
         room, kind = self.query_one(DataRoom), self.draft.data[stage].kind
+        line = ".file" if kind == "file" else ".dataset"
         if room.shown[stage].look:
-            room.stage = stage
+            room.stage, line = stage, ".kind"  # where m and 2 can be pressed, too
             room.action_view(FINDINGS)
-            room.focus()
-        else:
-            self.query_one(f"#rows-{stage}").query_one(".file" if kind == "file" else ".dataset").focus()
+        self.query_one(f"#rows-{stage}").query_one(line).focus()
 
     def compose(self) -> ComposeResult:
         yield Words("Which rows?", classes="question")

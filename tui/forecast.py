@@ -109,9 +109,9 @@ def stage_words(plan: Plan, stage: str, count: Count | None) -> str:
     about = "about " if count.about else ""
     epoch, steps = steps_of(plan, stage, count)
     words = f"{about}{steps:,} steps of {settings.effective_batch} examples"
-    words += f"; {count.examples:,} examples in {epoch:,} steps make an epoch"
+    words += f"; an epoch is {epoch:,} steps, {count.examples:,} examples"
     if count.tokens is not None:
-        words += f", {count.tokens:,} tokens an epoch, {count.trained:,} of them trained"
+        words += f", {count.tokens:,} tokens, {count.trained:,} of them trained"
     return words
 
 

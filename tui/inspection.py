@@ -127,7 +127,10 @@ class Inspection:
             report = self._reports[stage] = said["report"]
             problem = report["problem"]
             self.usable[stage] = None if problem else int(report["usable"])
-            self.troubles[stage] = FinetuiError(problem["error"], problem["advice"]) if problem else None
+            self.troubles[stage] = None
+            if problem:
+                said_shorter = shorter(problem["error"], report["files"][0]["file"])
+                self.troubles[stage] = FinetuiError(said_shorter, problem["advice"])
             self.words[stage] = summary(report, self._replies.get(stage), stage)
         if room:
             self.fill(room, stage)

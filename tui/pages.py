@@ -159,7 +159,7 @@ class ModelPage(Page):
             self.query_one("#card", Words).say(f"{clean(name, 60)}: {free:.1f} of {total:.1f} GiB free")
         batches = "Batches: SFT's, KTO's. " if two else ""
         self.query_one("#assumes", Words).say(
-            f"{batches}GiB: about, for rows of {ASSUMED_TOKENS} tokens; shorter ones need less: the review knows yours."
+            f"{batches}GiB: with rows of {ASSUMED_TOKENS} tokens; the review knows yours."
         )
         size = self.draft.size or ("7b" if gpu_present() else "135m")
         table.move_cursor(row=list(size_presets()).index(size))
