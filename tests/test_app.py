@@ -150,12 +150,15 @@ async def test_the_plan_is_saved_as_yaml_and_nothing_is_overwritten(
     assert (tmp_path / "finetui-sft-kto.yaml").read_text() == before
 
 
-async def test_a_plan_that_cannot_run_is_refused_with_its_reason(folder: Path) -> None:
+async def test_a_plan_that_cannot_run_is_refused_with_its_reason_and_the_way_back(
+    folder: Path, rows_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     draft = Draft(step=4, method="sft")
     draft.data["sft"] = RowsDraft(kind="file", file="nowhere.jsonl")
     save_draft(draft, draft_path())
     app = FinetuiApp(folder)
-    async with app.run_test(size=(80, 24)) as pilot:
+    async with app.run_test(size=(120, 40)) as pilot:
         await shows(pilot, "your draft is kept")
         await pilot.press("n")
         await shows(pilot, "✘", "nowhere.jsonl cannot be read")
@@ -163,11 +166,19 @@ async def test_a_plan_that_cannot_run_is_refused_with_its_reason(folder: Path) -
         await until(pilot, lambda: not app.screen.starting)  # type: ignore[attr-defined]
         await shows(pilot, "✘", "nowhere.jsonl cannot be read", "3 leads back to Data")
         assert not list(folder.iterdir()) and load_draft(draft_path()) == draft
+        screen = app.screen
+        assert isinstance(screen, WizardScreen)
+        await until(pilot, lambda: screen.inspection.troubles.get("sft"))
         await pilot.press("3")
         await shows(pilot, "Not yet. ✘ nowhere.jsonl cannot be read")
         assert app.focused and app.focused.has_class("file")
         await pilot.press("enter")
-        await shows(pilot, "● 3 Data", "Not yet.")
+        await shows(pilot, "● 3 Data", "Not yet. ✘")
+        rows_file(name="nowhere.jsonl")  # Enter looks again
+        await pilot.press("enter")
+        await shows(pilot, "✔ 40 rows")
+        await pilot.press("enter")
+        await shows(pilot, "● 4 Settings")
 
 
 async def test_the_data_page_holds_until_every_stage_has_rows_to_learn_from(

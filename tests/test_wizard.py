@@ -18,6 +18,7 @@ from core.backend import settle
 from core.checkpoints import write_manifest
 from core.config import resolve
 from core.disk import adapter_parameters, checkpoint_bytes
+from core.errors import FinetuiError
 from core.gpu import GpuSample
 from core.paths import configs_dir
 from core.ready import Ready
@@ -27,8 +28,9 @@ from core.turns import take_turn
 from tui.completion import completions, load_recent, remember
 from tui.data_room import DataRoom
 from tui.data_views import TRAINED, row_words
-from tui.draft import Draft, RowsDraft
+from tui.draft import STEPS, Draft, RowsDraft
 from tui.forecast import Count, consequence, differences, fit, stage_words
+from tui.review import refusal
 from tui.settings import Setting
 from tui.wizard import WizardScreen
 
@@ -267,6 +269,18 @@ async def test_the_review_foresees_steps_memory_disk_and_what_changed_and_runs_d
         await shows(pilot, "Dry run", "✔ it holds together", "SFT: 20 examples")
         await pilot.press("escape")
         await until(pilot, lambda: app.screen is app.wizard)
+
+
+@pytest.mark.parametrize(
+    ("part", "step"),
+    [("model.name", "Model"), ("model", "Model"), ("kto.data", "Data"), ("sft.data.file", "Data"),
+     ("sft.max_length", "Settings"), ("sft.data.holdout", "Settings"), ("", "Settings")],
+)  # fmt: skip
+def test_a_refusal_names_the_step_that_can_mend_it(part: str, step: str) -> None:
+    error = FinetuiError("No.", "Yes.")
+    error.about = part
+    words = refusal(error).plain
+    assert words.startswith("✘ No. Yes.") and words.endswith(f"  {STEPS.index(step) + 1} leads back to {step}.")
 
 
 async def test_a_key_of_the_review_lets_the_run_start_after_the_one_that_has_the_device(

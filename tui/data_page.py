@@ -65,10 +65,10 @@ class DataPage(Page):
 
     def ready(self, found: Checked | None) -> bool:
         """Whether every stage has rows to learn from; else it is said, and the focus goes where it can be mended."""
+        self._held.update(self.draft.stages)
         for stage in self.draft.stages:
-            if error := self.troubles.get(stage):
-                self._held.add(stage)
-                self.report(stage, problem_words(error))
+            if self.troubles.get(stage):
+                self.report(stage, Content(""))
                 self.app.bell()
                 self._lead_to(stage)
                 return False
@@ -159,8 +159,8 @@ class DataPage(Page):
     def report(self, stage: str, words: Content) -> None:
         """Say what is known of the rows of a stage."""
         own = [other.upper() for other in self.draft.stages if self.draft.data[other].kind != "demo"]
-        if stage in self._held:
-            words = Content.assemble(("Not yet. ", "bold"), words)
+        if stage in self._held and (error := self.troubles.get(stage)):
+            words = Content.assemble(("Not yet. ", "bold"), problem_words(error))
         elif own and self.draft.data[stage].kind == "demo":
             warning = f"! {stage.upper()} would learn the demo's made-up tool calls, not what {own[0]} learns."
             words = Content.assemble((warning, "$text-warning"), "  ←/→ chooses.\n", words)

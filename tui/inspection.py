@@ -84,6 +84,11 @@ class Inspection:
             elif found.resolved:
                 self._look(found.resolved.plan, stage, stage in fetch)
 
+    def doubt(self) -> None:
+        """Rows that could not be used are to be looked at anew."""
+        for stage in [stage for stage, error in self.troubles.items() if error]:
+            self._looked.pop(stage, None)
+
     def _look(self, plan: Plan, stage: str, fetch: bool) -> None:
         settings = plan.stage(stage)
         request: dict[str, Any] = {

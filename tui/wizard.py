@@ -209,6 +209,8 @@ class WizardScreen(Room[Run | None]):
         if self.next_wanted:
             return
         if not self.page.ready(self.found):
+            self.inspection.doubt()  # what was wrong may have been mended elsewhere in the meantime
+            self.look_closer()
             return
         if self.draft.step < len(STEPS) - 1:
             await self.turn_to(self.draft.step + 1)
