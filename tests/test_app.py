@@ -178,7 +178,7 @@ async def test_a_plan_that_cannot_run_is_refused_with_its_reason_and_the_way_bac
         await pilot.press("enter")
         await shows(pilot, "✔ 40 rows")
         await pilot.press("enter")
-        await shows(pilot, "● 4 Settings")
+        await shows(pilot, "● 4 Settings", "learning_rate")
 
 
 async def test_the_data_page_holds_until_every_stage_has_rows_to_learn_from(
@@ -206,7 +206,7 @@ async def test_the_data_page_holds_until_every_stage_has_rows_to_learn_from(
         line.value = str(rows_file(name="good.jsonl"))
         line.focus()
         await pilot.press("enter")
-        await shows(pilot, "● 4 Settings")
+        await shows(pilot, "● 4 Settings", "learning_rate")
 
 
 async def test_rows_of_ones_own_for_one_stage_and_the_demos_for_the_other_are_warned_of(
@@ -222,7 +222,7 @@ async def test_rows_of_ones_own_for_one_stage_and_the_demos_for_the_other_are_wa
         await shows(pilot, "! KTO would learn the demo's made-up tool calls, not what SFT learns.")
         await shows(pilot, "✔ 40 rows")
         await pilot.press("enter")
-        await shows(pilot, "● 4 Settings")
+        await shows(pilot, "● 4 Settings", "learning_rate")
         await pilot.press("enter")
         await shows(pilot, "✔ ready", "! KTO trains on the demo's rows")
 

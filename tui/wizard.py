@@ -138,6 +138,8 @@ class WizardScreen(Room[Run | None]):
         holder = self.query_one("#page", Container)
         await holder.remove_children()
         await holder.mount(pages[step](self.draft))
+        if not self.query(Page):  # the app is being left
+            return
         self.refresh_bindings()
         if self.room:
             for stage in self.draft.stages:
