@@ -287,16 +287,16 @@ class WizardScreen(Room[Run | None]):
             self.room.forget(event.stage)
 
     @on(LookSaid)
-    def look_said(self, event: LookSaid) -> None:
+    async def look_said(self, event: LookSaid) -> None:
         if event.stage == LEDGER_SLOT:
             self.ledger_saved(event.said, event.said.get("saved", ""))
             return
         known = self.inspection.heard(event, self.room)
         self.report_rows()
-        if self.next_wanted:
-            self.post_message(self.Turn(1))
         if known:
             self.show_counts()
+        if self.next_wanted:
+            await self.go_on()
 
     def report_rows(self) -> None:
         """Put what is known of the rows under their lines."""
