@@ -25,7 +25,7 @@ WORDS = (
     _cause(
         "gpu-memory", r"CUDA out of memory|OutOfMemoryError|STATUS_ALLOC_FAILED|CUDA error: out of memory",
         "the GPU's memory ran out",
-        "A batch needs more than the card had free: its rows are long, or another program holds memory.",
+        "A batch needs more than the GPU had free: its rows are long, or another program holds memory.",
         "Fewer rows at once need less; the step keeps its rows, so that the losses stay the same.",
     ),
     _cause(
@@ -34,7 +34,7 @@ WORDS = (
         r"driver shutting down|driver initialization failed|no CUDA-capable device|No CUDA GPUs|"
         r"Found no NVIDIA driver|NVML_ERROR|driver/library version mismatch|CUDA error: unknown error",
         "the GPU or its driver is lost",
-        "The card stopped answering: heat, power, a driver that was updated under it, or a fault of the card.",
+        "The GPU stopped answering: heat, power, a driver that was updated under it, or a fault of its own.",
         "See `nvidia-smi` and `dmesg | grep -i xid`; where it does not answer, restart the machine. Then resume.",
         again=True,
     ),

@@ -5,9 +5,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from core import runner
 from core.backend import make_plan
@@ -15,17 +15,20 @@ from core.children import CHILD_ENV, stage_environment
 from core.config import Resolved
 from core.console import open_app, print_json, take_token
 from core.data import Conversation
-from core.errors import FinetuiError
+from core.errors import FinetuiError, about
 from core.flags import settings_of
 from core.heldout import NO_PROMPTS, NO_PROMPTS_ADVICE, held_out, prompts_of
 from core.hub import refuse_name
 from core.paths import configs_dir, runs_dir
 from core.plan import DataPlan, Plan, StagePlan
 from core.runs import Run, create_run, delete_run, find_run, list_runs, request_stop, status, summary
-from core.sources import model_folder, model_source
+from core.sources import is_untuned, model_folder, model_source
 from core.text import clean
 from core.tools import read_tools
 from core.watch import console, follow, runs_table, show_run
+
+if TYPE_CHECKING:
+    from core.data_ledger import Ledger
 
 
 def resolved(arguments: argparse.Namespace, method: str, *, demo: bool = False, card: int | None = None) -> Resolved:
@@ -74,7 +77,10 @@ def _take_on_end(arguments: argparse.Namespace) -> None:
         os.environ[runner.ON_END_ENV] = arguments.on_end
 
 
-def _after_start(run: Run, arguments: argparse.Namespace, notices: list[str] | None = None) -> int:
+def _after_start(
+    run: Run, arguments: argparse.Namespace, notices: list[str] | None = None, done: Sequence[str] = (), since: int = 0
+) -> int:
+    """Say that the run was started, and follow it from byte `since` of its events; `done` are stages behind it."""
     if arguments.json and arguments.detach:
         print_json({"run": run.name, "path": str(run.path)})
         return 0
@@ -82,11 +88,13 @@ def _after_start(run: Run, arguments: argparse.Namespace, notices: list[str] | N
         out = console()
         for notice in notices or []:
             out.print(clean(notice), style="yellow", markup=False, highlight=False)
-        out.print(f"Run {run.name} started in {run.path}", markup=False, highlight=False)
+        before = f"; {', '.join(stage.upper() for stage in done)} was done before" if done else ""
+        verb = "started again" if since else "started"
+        out.print(f"Run {run.name} {verb} in {run.path}{before}", markup=False, highlight=False)
         if arguments.detach:
             out.print(f"Follow it with: finetui watch {run.name}", markup=False, highlight=False)
             return 0
-    return follow(run, as_json=arguments.json, ask=not arguments.json)
+    return follow(run, as_json=arguments.json, ask=not arguments.json, since=since)
 
 
 def preflight(plan: Plan) -> list[str]:
@@ -96,24 +104,28 @@ def preflight(plan: Plan) -> list[str]:
     """
     from core.data_reader import Rows
     from core.disk import refuse_small_disk
-    from core.prepare import planned_steps, stage_ledger
+    from core.prepare import planned_steps
 
-    source = model_source(plan.model, lambda text: None, fetch=False)
-    notices, steps = [], {}
+    with about("model"):
+        source = model_source(plan.model, lambda text: None, fetch=False)
+    notices, steps = demo_beside_own(plan), {}
     for stage in plan.training_stages:
         settings = plan.stage(stage)
         if settings.data.dataset and not (settings.data.file or settings.data.files):
-            refuse_name(settings.data.dataset)
+            with about(f"{stage}.data"):
+                refuse_name(settings.data.dataset)
             continue
-        ledger = stage_ledger(settings, stage, lambda text: None)
-        _refuse_hopeless_limit(stage, settings, Rows(ledger).each(ledger.used), source.base)
+        with about(f"{stage}.data"):
+            ledger = _checked_ledger(plan, stage)
+        with about(f"{stage}.max_length"):
+            _refuse_hopeless_limit(stage, settings, Rows(ledger).each(ledger.used), source.base)
         steps[stage] = planned_steps(settings, stage, len(ledger.training()))
         totals = ledger.totals()
         if totals["left_out"]:
             reasons = "; ".join(f"{count} × {reason}" for reason, count in list(totals["reasons"].items())[:3])
             notices.append(f"{stage.upper()}: {totals['left_out']} of {totals['rows']} rows are left out: {reasons}")
-    if plan.method == "kto" and not source.adapter and not plan.model.name.startswith("run:"):
-        notices.append("KTO alone from a model that was not fine-tuned here: SFT first usually works better.")
+    if is_untuned(plan):
+        notices.append("KTO alone from a model that was not fine-tuned: SFT first usually works better.")
     if plan.export.stages:
         from core.commands_export import check_wishes
 
@@ -122,6 +134,30 @@ def preflight(plan: Plan) -> list[str]:
         notices += _preflight_evaluation(plan)
     refuse_small_disk(plan, source, steps, runs_dir())
     return notices
+
+
+def demo_beside_own(plan: Plan) -> list[str]:
+    """Which stages would train on the demo's rows while others have rows of their own: seldom what is meant."""
+    demo = [name for name in plan.training_stages if plan.stage(name).data.demo]
+    own = [name for name in plan.training_stages if name not in demo]
+    return [
+        f"{name.upper()} trains on the demo's rows (made-up tool calls), {own[0].upper()} on yours. "
+        f"Rows for {name.upper()} too: on the wizard's data page, or --set {name}.data.file=FILE."
+        for name in demo
+        if own
+    ]
+
+
+def _checked_ledger(plan: Plan, stage: str) -> "Ledger":
+    """The ledger of a stage before it is tokenised. Raises FinetuiError."""
+    from core.prepare import stage_ledger
+
+    try:
+        return stage_ledger(plan.stage(stage), stage, lambda text: None)
+    except FinetuiError as error:
+        if len(plan.training_stages) > 1:
+            error.advice += f" Or name other rows for {stage.upper()} alone (--set {stage}.data.file=FILE)."
+        raise
 
 
 def _preflight_evaluation(plan: Plan) -> list[str]:
@@ -231,7 +267,7 @@ def fit(arguments: argparse.Namespace) -> int:
         if card or error.exit_code != 3:
             raise
         raise FinetuiError(error.message, "--card 24 asks about a GPU of 24 GiB.", exit_code=3) from error
-    place = Place(f"a card of {arguments.card:g} GiB", card, card) if card else place_of(plan.plan)
+    place = Place(f"a GPU of {arguments.card:g} GiB", card, card) if card else place_of(plan.plan)
     if place is None:
         raise FinetuiError("The driver does not say how much memory the GPU has.", "Use --card GIB.", exit_code=3)
     lengths, notes = {}, []
@@ -355,8 +391,10 @@ def resume(arguments: argparse.Namespace) -> int:
     _take_on_end(arguments)
     if getattr(arguments, "fix", False):
         apply_remedy(run)
+    before, since = run.state(), run.events_path.stat().st_size if run.events_path.is_file() else 0
     runner.resume(run)
-    return _after_start(run, arguments)
+    done = [stage.name for stage in before.stages if stage.state == "done"]
+    return _after_start(run, arguments, done=done, since=since)
 
 
 def apply_remedy(run: Run) -> None:

@@ -19,7 +19,7 @@ from core.data_pieces import PIECE_BYTES
 from core.errors import FinetuiError
 from core.paths import cache_dir, writing_whole
 
-VERSION = 2
+VERSION = 3
 """Part of every key: raise it when rows are read, keyed or tokenised differently."""
 MAX_BYTES = 20 << 30
 TIDY_BYTES = 64 << 20

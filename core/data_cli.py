@@ -55,7 +55,8 @@ def add_data(commands: Any) -> None:
     ledger = kinds.add_parser("ledger", help="every row of a run with its fate, as CSV or JSON lines")
     ledger.add_argument("run", metavar="RUN", help="name, unique prefix, or `last`")
     ledger.add_argument("out", type=Path, metavar="OUT", nargs="?", help=".csv or .jsonl; without it: totals")
-    ledger.add_argument("--stage", choices=("sft", "kto"), help="default: the run's last")
+    ledger.add_argument("--stage", choices=("sft", "kto", "all"), default="all",
+                        help="default: all, each row naming its stage where there are two")  # fmt: skip
     ledger.add_argument("--runs-dir", type=Path, metavar="DIR", help="folder of the runs")
     look = kinds.add_parser("look", help="configurations, splits and files of a Hub data set, and its first rows")
     look.add_argument("dataset", metavar="OWNER/NAME")

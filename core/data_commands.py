@@ -8,7 +8,7 @@ from typing import Any
 
 from core.console import print_json
 from core.data_headline import headline, number
-from core.data_ledger import LEDGER, Ledger, read_ledger, save_ledger, write_entries
+from core.data_ledger import FIELDS, LEDGER, Ledger, read_ledger, save_ledger, write_entries
 from core.data_look import Request
 from core.data_look import look as look_at
 from core.data_mend import Cleaning, Told, check_target, ledger_of
@@ -29,13 +29,17 @@ def say(text: str, style: str = "") -> None:
 
 
 def columns_of(arguments: argparse.Namespace) -> dict[str, str]:
-    """The mapping that ``--column`` words make. Raises FinetuiError for a part that there is not."""
+    """The mapping that ``--column`` words make. Raises FinetuiError for a part or a column that there is not."""
     from core.data_rows import COLUMNS
+    from core.data_survey import refuse_unknown_columns, survey
 
     found = mapping_of("--column", arguments.column or [])
     for part in found:
         if part not in COLUMNS:
             raise FinetuiError(f"A column cannot be {part!r}.", f"It can be {', '.join(COLUMNS)}.")
+    files = arguments.file if isinstance(arguments.file, list) else [arguments.file]
+    if found:
+        refuse_unknown_columns([survey(path.expanduser().absolute(), found) for path in files])
     return found
 
 
@@ -324,25 +328,36 @@ def ledger(arguments: argparse.Namespace) -> int:
     from core.runs import find_run
 
     run = find_run(runs_dir(arguments.runs_dir), arguments.run)
-    stages = [arguments.stage] if arguments.stage else ["kto", "sft"]
-    stage = next((name for name in stages if (run.stage_path(name) / LEDGER).is_file()), "")
-    if not stage:
+    wanted = ["sft", "kto"] if arguments.stage == "all" else [arguments.stage]
+    stages = [name for name in wanted if (run.stage_path(name) / LEDGER).is_file()]
+    if not stages:
         raise FinetuiError(f"{run.name} has no ledger.", "It is written when a stage has read its rows.")
     try:
-        head, entries = read_ledger(run.stage_path(stage) / LEDGER)
-        totals, files = head["totals"], ", ".join(head["files"])
-        if arguments.out:
-            write_entries(entries, arguments.out)
+        found = {stage: read_ledger(run.stage_path(stage) / LEDGER) for stage in stages}
+        words = [line for stage, (head, _) in found.items() for line in _ledger_words(run.name, stage, head)]
+        if arguments.out and len(stages) == 1:
+            write_entries(found[stages[0]][1], arguments.out)
+        elif arguments.out:
+            named = ({"stage": stage, **entry} for stage, (_, entries) in found.items() for entry in entries)
+            write_entries(named, arguments.out, ("stage", *FIELDS))
     except (ValueError, KeyError, IndexError, TypeError, OSError) as error:
         raise FinetuiError(f"The ledger of {run.name} cannot be read.", "It was damaged or changed.") from error
-    say(f"{run.name} {stage.upper()}: {totals['rows']:,} rows of {files}")
-    say(f"  {totals['used']:,} used, {totals['cut']:,} cut, {totals['left_out']:,} left out, "
-        f"{totals['repaired']:,} repaired")  # fmt: skip
-    for reason, count in totals["reasons"].items():
-        say(f"  left out: {count:,} × {reason}")
+    for line in words:
+        say(line)
     if arguments.out:
         say(f"Every row: {arguments.out}")
     return 0
+
+
+def _ledger_words(run: str, stage: str, head: dict[str, Any]) -> list[str]:
+    """What became of the rows of a stage, in a few lines."""
+    totals = head["totals"]
+    return [
+        f"{run} {stage.upper()}: {totals['rows']:,} rows of {', '.join(head['files'])}",
+        f"  {totals['used']:,} used, {totals['cut']:,} cut, {totals['left_out']:,} left out, "
+        f"{totals['repaired']:,} repaired",
+        *(f"  left out: {count:,} × {reason}" for reason, count in totals["reasons"].items()),
+    ]
 
 
 def look(arguments: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ What breaks the whole file (no UTF-8 table, a torn JSON list, a gzip file by mis
 import codecs
 import csv
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -32,6 +33,13 @@ SHEETS = (".xlsx", ".xls", ".ods")
 BOM = b"\xef\xbb\xbf"
 MAX_LINE_BYTES = 64 << 20
 BLOCK = 1 << 20
+MOST_CONTROLS = 0.02
+"""The share of control characters up to which a damaged text is still taken for one."""
+CONTROLS = bytes(byte for byte in range(32) if byte not in b"\t\n\v\f\r")
+WRAPPERS = "train|training|data|rows|examples"
+"""Keys under which a file of one JSON object may hold all its rows."""
+WRAPPED = re.compile(rb'\{\s*"(%b)"\s*:\s*(?=\[\s*\{\s*"(?!role"|from"))' % WRAPPERS.encode())
+ROW_AFTER_ROW = re.compile(rb"\}\s*\n\s*\{")
 _quick = msgspec.json.Decoder().decode
 
 
@@ -43,7 +51,8 @@ class Unreadable:
 
 
 def kind_of(path: Path) -> str:
-    """``jsonl``, ``json`` (a list, or objects over several lines), ``csv``, ``tsv``, ``parquet`` or ``text``.
+    """``jsonl``, ``json`` (a list, or objects over several lines; what follows a comma says more), ``csv``, ``tsv``,
+    ``parquet`` or ``text``.
 
     Raises FinetuiError for a missing, empty, binary or compressed file.
     """
@@ -68,15 +77,23 @@ def kind_of(path: Path) -> str:
     known = next((words for start, words in BINARY_STARTS.items() if head.startswith(start)), None)
     if path.suffix.lower() in SHEETS:
         raise FinetuiError(f"{path} is a spreadsheet.", "Save its table as CSV.")
-    if known or b"\0" in head:
+    if known or (b"\0" in head and not _damaged_rows(head)):
         what, advice = known or ("binary", "")
         raise FinetuiError(f"{path} is {what}, not UTF-8 text.", advice or "Give JSONL, JSON, CSV or Parquet.")
     return _kind_of_text(path.suffix.lower(), head.removeprefix(BOM).lstrip())
 
 
+def _damaged_rows(head: bytes) -> bool:
+    """Whether a file that begins so is JSON in which some bytes were lost, and no binary one."""
+    controls = len(head) - len(head.translate(None, CONTROLS))
+    return head.removeprefix(BOM).lstrip(b"\0 \t\r\n")[:1] in (b"{", b"[") and controls <= MOST_CONTROLS * len(head)
+
+
 def _kind_of_text(suffix: str, head: bytes) -> str:
     if suffix in (".csv", ".tsv"):
         return suffix[1:]
+    if (wrapped := WRAPPED.match(head)) and not ROW_AFTER_ROW.search(head):
+        return f'json, rows under "{wrapped[1].decode()}"'
     if head.startswith(b"[") or (head.startswith(b"{") and head.split(b"\n", 1)[0].strip() == b"{"):
         return "json"
     return "text" if suffix in (".txt", ".md") and not head.startswith(b"{") else "jsonl"
@@ -92,7 +109,7 @@ def raw_rows(path: Path) -> Iterator[tuple[int, Any]]:
         "jsonl": _jsonl_rows, "json": _json_rows, "csv": _csv_rows, "tsv": _csv_rows, "parquet": _parquet_rows,
         "text": _text_rows,
     }  # fmt: skip
-    yield from readers[kind_of(path)](path)
+    yield from readers[kind_of(path).split(",")[0]](path)
 
 
 # --- JSON lines ---
@@ -108,6 +125,8 @@ def parse_line(line: bytes) -> Any:
         return _quick(line)
     except (ValueError, RecursionError):
         pass
+    if b"\0" in line:
+        return Unreadable("broken JSON (a NUL byte)")
     try:
         return json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -159,25 +178,32 @@ def _not_utf8(path: Path, line: int, byte: int) -> FinetuiError:
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """The elements of a JSON list, or objects one after the other, read piece by piece."""
+    """The elements of a JSON list, be it the file or all that its one object holds, or objects one after the other;
+    read piece by piece."""
     text = _Text(path)
-    in_list = text.skip(" \t\r\n") == "["
+    blanks = " \t\r\n"
+    text.skip(blanks)
+    wrapped = text.take(kind_of(path).partition('"')[2].rstrip('"'))
+    in_list = text.skip(blanks) == "["
     text.at += in_list
     number = 0
     while True:
-        following = text.skip(" \t\r\n" if in_list or not number else " \t\r\n,")
+        following = text.skip(blanks if in_list or not number else blanks + ",")
         if not following and not in_list:
             return
         if in_list and following == "]":
             text.at += 1
-            if text.skip(" \t\r\n"):
+            if wrapped and text.skip(blanks) == ",":
+                raise FinetuiError(f"{path} holds more than one list of rows.", "Save each as a file of its own.")
+            text.at += wrapped and text.skip(blanks) == "}"
+            if text.skip(blanks):
                 raise text.broken("Extra data")
             return
         if in_list and number:
             if following != ",":
                 raise text.broken("Expecting ',' delimiter")
             text.at += 1
-            text.skip(" \t\r\n")
+            text.skip(blanks)
         number += 1
         yield number, text.value()
 
@@ -217,6 +243,12 @@ class _Text:
                 return self.piece[self.at]
             if self._ended or not self._more(1):
                 return ""
+
+    def take(self, key: str) -> bool:
+        """Pass over the brace, `key` and colon with which an object begins; False where no key is given."""
+        if key:
+            self.at = self.piece.index(":", self.piece.index(f'"{key}"', self.at)) + 1
+        return bool(key)
 
     def value(self) -> Any:
         """The JSON value that begins here."""

@@ -8,7 +8,7 @@ import csv
 import json
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -431,11 +431,11 @@ def save_ledger(ledger: Ledger, out: Path) -> None:
     write_entries(({**entry, "file": files[entry["file"]]} for entry in ledger.entries()), out)
 
 
-def write_entries(entries: Iterator[dict[str, Any]], out: Path) -> None:
-    """Entries as CSV, every field of FIELDS a column, or as JSON lines."""
+def write_entries(entries: Iterable[dict[str, Any]], out: Path, fields: Sequence[str] = FIELDS) -> None:
+    """Entries as CSV, every one of `fields` a column, or as JSON lines."""
     with writing_whole(out) as stream:
         if out.suffix.lower() == ".csv":
-            writer = csv.DictWriter(stream, FIELDS, restval="", lineterminator="\n")
+            writer = csv.DictWriter(stream, fields, restval="", lineterminator="\n")
             writer.writeheader()
             writer.writerows(entries)
             return

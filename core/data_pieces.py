@@ -93,6 +93,7 @@ def check_piece(
     column names, and a digest of exactly the bytes [start, end).
     """
     piece, found = Piece(path, start, end), Findings(names_of(columns), spooled)
+    found.unseen = {name for name in (columns or {}).values() if name}
     for offset, line in piece.lines():
         found.lines += 1
         if not offset:
@@ -107,6 +108,8 @@ class Findings:
 
     def __init__(self, names: Mapping[str, tuple[str, ...]], spooled: bool) -> None:
         self.names, self.spooled, self.lines = names, spooled, 0
+        self.unseen: set[str] = set()
+        """Columns that were asked for and did not occur yet."""
         self._rows: list[tuple[int, ...]] = []
         self._conversations: list[tuple[int, ...]] = []
         self.reasons, self.repairs, self.patterns = Words(), Words(), Words()
@@ -120,6 +123,9 @@ class Findings:
         row = row_of(line, self.spooled)
         if number < NAMED_ROWS and isinstance(row, dict):
             self.keys.update(str(key)[:80] for key in row)
+        if self.unseen and isinstance(row, dict) and (seen := self.unseen & row.keys()):
+            self.keys.update(seen - self.keys.keys())
+            self.unseen -= seen
         try:
             pairs, tools, repaired, shape = read_row(row, self.names)
         except RowError as error:

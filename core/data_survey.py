@@ -5,11 +5,12 @@ does not depend on method, model or limits: those are laid over it (`core.data_l
 """
 
 import contextlib
+import difflib
 import json
 import mmap
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from core.data_cache import CacheUnwritable, building, content_key, entry, key_o
 from core.data_pieces import ALONE_BYTES, COLUMNS, ROW_COLUMNS, check_piece, pieces
 from core.data_pool import Workers, worker_count
 from core.data_spool import Spool, spool
+from core.errors import FinetuiError
 
 if TYPE_CHECKING:
     import numpy
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 FIRST_BYTES = 256 << 10
 SAY_EVERY_S = 0.2
 MAX_NUMBERED, OTHERS = 65_000, "other"
+MAX_COLUMNS = 12
 OTHER = ("shapes", "tools", "keys", "problems")
 
 
@@ -101,6 +104,20 @@ class Survey:
 
     def repair_counts(self) -> Counter[str]:
         return counted(self["repair"], self.repairs)
+
+
+def refuse_unknown_columns(surveys: Sequence[Survey]) -> None:
+    """Raise FinetuiError where a column was named that occurs in none of the files; the nearest one comes first."""
+    there = list(dict.fromkeys(key for found in surveys for key in found.keys))
+    for part, name in surveys[0].mapping.items():
+        if name and there and name not in there:
+            near = difflib.get_close_matches(name, there, 3, 0.4)
+            named = [*near, *(key for key in there if key not in near)]
+            more = f" and {len(named) - MAX_COLUMNS} more" if len(named) > MAX_COLUMNS else ""
+            raise FinetuiError(
+                f"{surveys[0].file} has no column {name!r}, which --column names as {part}.",
+                f"It has {', '.join(named[:MAX_COLUMNS])}{more}.",
+            )
 
 
 def counted(numbers: "numpy.ndarray", words: list[str]) -> Counter[str]:

@@ -12,7 +12,7 @@ from core.data import check_usable, class_weights
 from core.data_facts import CALLS
 from core.data_ledger import LEFT_OUT, Ledger, Source
 from core.data_limits import Limits
-from core.data_survey import Progress, survey
+from core.data_survey import Progress, refuse_unknown_columns, survey
 from core.data_tokens import Examples, Tokens, tokenize
 from core.errors import FinetuiError
 from core.plan import DataPlan, KTOPlan, StagePlan
@@ -93,7 +93,8 @@ def open_ledger(
 
 
 def check_ledger(ledger: Ledger) -> None:
-    """Raise FinetuiError when no row is usable, and for KTO when only one label occurs."""
+    """Raise FinetuiError when a column is named that there is not, no row is usable, or KTO has only one label."""
+    refuse_unknown_columns([source.survey for source in ledger.sources])
     totals = ledger.totals()
     labels = ledger.label_counts(held_out=True)
     check_usable(files_words(ledger.sources), ledger.method, totals["rows"], labels, totals["reasons"])

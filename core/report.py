@@ -285,7 +285,7 @@ def _samples(samples: list[Event]) -> list[tuple[str, str, list[Fact]]]:
 def _machine(state: RunState, use: MachineUse) -> list[Fact]:
     memory = {name: max((y or 0 for _, y in line), default=0) for name, line in use.curves.get("memory", {}).items()}
     facts = [
-        ("cards", ", ".join(use.cards)),
+        ("GPUs", ", ".join(use.cards)),
         *((f"peak memory, {name}", f"{value:.2f} GiB") for name, value in memory.items()),
         *(
             (f"mean {what}", f"{mean:.0f} {UNITS[what]}")
@@ -293,7 +293,7 @@ def _machine(state: RunState, use: MachineUse) -> list[Fact]:
             if (mean := use.mean(what)) is not None
         ),
         ("hottest", f"{top:.0f} °C" if (top := use.highest("temperature")) is not None else ""),
-        ("energy of the cards", f"{use.energy_j / 3600:.1f} Wh" if use.energy_j is not None else ""),
+        ("energy of the GPUs", f"{use.energy_j / 3600:.1f} Wh" if use.energy_j is not None else ""),
         ("system", str(state.start.get("system") or "")),
     ]
     return [(word, value) for word, value in facts if value]

@@ -4,6 +4,7 @@ Hub downloads happen here, in whatever process asks; `hub_file` and `demo_model`
 """
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,8 +148,12 @@ def demo_files() -> dict[str, Path]:
     return {"sft": files.sft, "kto": files.kto, "evaluate": files.heldout, "tuning": files.tuning, "tools": files.tools}
 
 
+INSTRUCTED = re.compile(r"(?<![a-z])(instruct|chat|it|gpt-oss)(?![a-z])")
+"""What models tuned to answer are called: …-Instruct, …-Chat, …-it."""
+
+
 def is_untuned(plan: Plan) -> bool:
-    """Whether KTO would start from a model that was not tuned here."""
+    """Whether KTO would start from a base model, which was tuned neither here nor by those who made it."""
     name = plan.model.name
     tuned = name.startswith("run:") or (Path(name) / "adapter_config.json").is_file()
-    return plan.method == "kto" and not tuned
+    return plan.method == "kto" and not tuned and not INSTRUCTED.search(Path(name).name.lower())

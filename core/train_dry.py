@@ -64,7 +64,7 @@ def dry_run(plan: Plan, *, load: bool) -> dict[str, Any]:
         text.append(
             f"{name.upper()}: {report['examples']} examples, {report['tokens']:,} tokens an epoch "
             f"({report['trained_tokens']:,} trained), longest {report['longest']}; {per_epoch:.0f} steps of "
-            f"{stage.effective_batch} an epoch, {steps} in all"
+            f"{stage.effective_batch} examples an epoch, {steps} in all"
         )
         text += [f"  {notice}" for notice in data.notices]
         text += [f"  left out: {count} × {reason}" for reason, count in report["left_out_reasons"].items()]

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 from pilots import CONTROLS, HOSTILE, frame, recorded, shows, until
+from textual import events
+from textual.widgets import Input
 
 from core import commands
 from core.backend import settle
@@ -17,7 +19,9 @@ from core.flags import build_parser
 from core.paths import configs_dir
 from core.runs import Run, is_alive, take_lock
 from tui.app import FinetuiApp
+from tui.completion import PathLine
 from tui.dashboard import DashboardScreen
+from tui.data_room import DataRoom
 from tui.dialogs import Ask, Confirm, HelpScreen, LogScreen
 from tui.draft import Draft, RowsDraft, checked, command_line, draft_path, load_draft, save_draft
 from tui.home import HomeScreen
@@ -88,6 +92,21 @@ async def test_what_was_typed_is_there_after_the_terminal_died(folder: Path) -> 
         await until(pilot, lambda: isinstance(again.screen, HomeScreen))
 
 
+async def test_keys_that_come_at_once_reach_the_field_they_were_meant_for(folder: Path) -> None:
+    save_draft(Draft(step=1, method="sft"), draft_path())
+    app, path = FinetuiApp(folder), "/some/where/a-file-with-123-letters.jsonl"
+    async with app.run_test(size=(80, 24)) as pilot:
+        await shows(pilot, "your draft is kept")
+        for key in ("n", "enter", "right", "tab"):
+            app.post_message(events.Key(key, key if len(key) == 1 else None))
+        for letter in path:
+            app.post_message(events.Key("a", letter))
+        app.post_message(events.Key("enter", None))
+        await shows(pilot, "Not yet. ✘", "cannot be read: No such file")
+        left = load_draft(draft_path())
+    assert left and left.data["sft"].file == path and left.model == "" and left.step == 2
+
+
 async def test_a_wrong_value_is_explained_under_its_field_and_holds_the_page(folder: Path) -> None:
     save_draft(Draft(step=3), draft_path())
     app = FinetuiApp(folder)
@@ -131,19 +150,81 @@ async def test_the_plan_is_saved_as_yaml_and_nothing_is_overwritten(
     assert (tmp_path / "finetui-sft-kto.yaml").read_text() == before
 
 
-async def test_a_plan_that_cannot_run_is_refused_with_its_reason(folder: Path) -> None:
+async def test_a_plan_that_cannot_run_is_refused_with_its_reason_and_the_way_back(
+    folder: Path, rows_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     draft = Draft(step=4, method="sft")
     draft.data["sft"] = RowsDraft(kind="file", file="nowhere.jsonl")
     save_draft(draft, draft_path())
     app = FinetuiApp(folder)
-    async with app.run_test(size=(80, 24)) as pilot:
+    async with app.run_test(size=(120, 40)) as pilot:
         await shows(pilot, "your draft is kept")
         await pilot.press("n")
         await shows(pilot, "✘", "nowhere.jsonl cannot be read")
         await pilot.press("enter")
         await until(pilot, lambda: not app.screen.starting)  # type: ignore[attr-defined]
-        await shows(pilot, "✘", "nowhere.jsonl cannot be read")
-    assert not list(folder.iterdir()) and load_draft(draft_path()) == draft
+        await shows(pilot, "✘", "nowhere.jsonl cannot be read", "3 leads back to Data")
+        assert not list(folder.iterdir()) and load_draft(draft_path()) == draft
+        screen = app.screen
+        assert isinstance(screen, WizardScreen)
+        await until(pilot, lambda: screen.inspection.troubles.get("sft"))
+        await pilot.press("3")
+        await shows(pilot, "Not yet. ✘ nowhere.jsonl cannot be read")
+        assert app.focused and app.focused.has_class("file")
+        await pilot.press("enter")
+        await shows(pilot, "● 3 Data", "Not yet. ✘")
+        rows_file(name="nowhere.jsonl")  # Enter looks again
+        await pilot.press("enter")
+        await shows(pilot, "✔ 40 rows")
+        await pilot.press("enter")
+        await shows(pilot, "● 4 Settings", "learning_rate")
+
+
+async def test_the_data_page_holds_until_every_stage_has_rows_to_learn_from(
+    folder: Path, rows_file: Callable[..., Path]
+) -> None:
+    draft = Draft(step=2, method="sft-kto")
+    draft.data["sft"] = RowsDraft(kind="file")
+    draft.data["kto"] = RowsDraft(kind="file", file=str(rows_file([{"prompt": "a", "completion": "b"}] * 3)))
+    save_draft(draft, draft_path())
+    app = FinetuiApp(folder)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await shows(pilot, "your draft is kept")
+        await pilot.press("n")
+        await shows(pilot, "Type the path of a file.", "no usable row for KTO")
+        await pilot.press("enter")
+        await shows(pilot, "Not yet. ✘ No file is named for SFT.")
+        assert isinstance(app.focused, PathLine)
+        app.focused.value = str(rows_file(name="good.jsonl"))
+        await pilot.press("enter")
+        await shows(pilot, "Not yet. ✘ rows.jsonl has no usable row for KTO")
+        assert isinstance(app.focused, Choice) and app.screen.query_one(DataRoom).stage == "kto"
+        screen = app.screen
+        assert isinstance(screen, WizardScreen)
+        line = screen.query("PathLine.file").last(Input)
+        line.value = str(rows_file(name="good.jsonl"))
+        line.focus()
+        await pilot.press("enter")
+        await shows(pilot, "● 4 Settings", "learning_rate")
+
+
+async def test_rows_of_ones_own_for_one_stage_and_the_demos_for_the_other_are_warned_of(
+    folder: Path, rows_file: Callable[..., Path]
+) -> None:
+    draft = Draft(step=2, method="sft-kto")
+    draft.data["sft"] = RowsDraft(kind="file", file=str(rows_file()))
+    save_draft(draft, draft_path())
+    app = FinetuiApp(folder)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await shows(pilot, "your draft is kept")
+        await pilot.press("n")
+        await shows(pilot, "! KTO would learn the demo's made-up tool calls, not what SFT learns.")
+        await shows(pilot, "✔ 40 rows")
+        await pilot.press("enter")
+        await shows(pilot, "● 4 Settings", "learning_rate")
+        await pilot.press("enter")
+        await shows(pilot, "✔ ready", "! KTO trains on the demo's rows")
 
 
 @pytest.mark.parametrize("size", [(40, 10), (200, 60)])

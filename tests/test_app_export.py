@@ -21,7 +21,7 @@ from tui.app import FinetuiApp
 from tui.export import ExportScreen, Ticks
 from tui.follow import Follower
 from tui.report import KTO_COST, end_words, left_words, made_words, now_words
-from tui.settings import after_words
+from tui.review import after_words
 
 pytestmark = pytest.mark.usefixtures("own_cache_and_no_gpu")
 

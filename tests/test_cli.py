@@ -69,6 +69,31 @@ def test_a_missing_file_and_a_folder_are_refused(refused: Refused, tmp_path: Pat
         assert "is a folder" in refused(*words, tmp_path)
 
 
+def test_a_column_that_there_is_not_is_refused_with_the_nearest_first(refused: Refused, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"id": 1, "frage": "a", "antwort": "b"}\n' * 300 + '{"frage": "a", "antwort": "b", "ton": "c"}\n')
+    words = ("--column", "completion=antwort", "--column", "prompt=fragen")
+    for command in (
+        ("check", path, "--method", "sft"), ("sft", "--local-file", path, "--dry-run"),
+        ("data", "sample", path, tmp_path / "out.jsonl"), ("data", "show", path, "--method", "sft"),
+    ):  # fmt: skip
+        told = refused(*command, *words)
+        assert "has no column 'fragen'" in told and "It has frage, id, antwort" in told
+    assert main(["check", str(path), "--method", "sft", "--column", "prompt=frage", "--column", "completion=antwort",
+                 "--column", "system=ton"]) == 0  # fmt: skip
+
+
+def test_the_demos_rows_beside_rows_of_ones_own_are_warned_of(
+    said: Callable[..., str], refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(ONE * 3)
+    monkeypatch.setattr("core.commands.runner.start", lambda run: 1)
+    told = said("sft-kto", "--set", f"sft.data.file={path}", "--detach", "--runs-dir", tmp_path / "runs")
+    assert "KTO trains on the demo's rows" in told and "--set kto.data.file=FILE" in told
+    assert "--set kto.data.file=FILE" in refused("sft-kto", "--local-file", path, "--dry-run")
+
+
 def test_foreign_text_reaches_no_terminal(refused: Refused, said: Callable[..., str], tmp_path: Path) -> None:
     path = tmp_path / "a\x1b[2Jb\u202e.jsonl"
     path.write_text("")

@@ -107,6 +107,23 @@ def test_a_done_run_is_not_resumed(refused: Refused, ended: Run) -> None:
     assert "nothing is left to resume" in refused("resume", "ended")
 
 
+def test_a_resume_tells_what_is_new(said: Callable[..., str], ended: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def resume(run: Run) -> int:
+        run.events.append("run_start", pid=2)
+        run.events.append("stage_start", name="kto", base="sft/final_model")
+        run.events.append("log", stage="kto", step=7, loss=0.5)
+        run.events.append("run_end", status="done")
+        return 2
+
+    ended.events.append("run_end", status="stopped")
+    monkeypatch.setattr("core.commands.runner.resume", resume)
+    told = said("resume", "ended")
+    assert "Run ended started again" in told and "SFT was done before" in told
+    assert "KTO: started" in told and "kto: step 7" in told
+    assert "SFT: started" not in told and "sft: step" not in told and "rows left out" not in told
+    assert [json.loads(line)["kind"] for line in said("resume", "ended", "--json").splitlines()][0] == "run_start"
+
+
 def test_a_run_is_deleted_on_yes_and_never_while_it_lives(
     refused: Refused, said: Callable[..., str], ended: Run, folder: Path
 ) -> None:

@@ -214,7 +214,8 @@ async def test_the_end_of_a_watched_run_rings_once(folder: Path, monkeypatch: py
         await shows(pilot, "✔ done after")
         await until(pilot, lambda: "\x1b]9;finetui: torn is done\x07" in written)
         await pilot.press("h")
-        await shows(pilot, "none running")
+        text = await shows(pilot, "none running", "✔ torn is done")
+        assert "✔ torn is done" in text.splitlines()[0] and not app._notifications
     assert sum(text.startswith("\x1b]9;") for text in written) == 1
 
 

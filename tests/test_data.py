@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.data import Conversation, Rows, class_weights, holdout_split, read_rows
+from core.data_files import kind_of
 from core.errors import FinetuiError
 
 
@@ -207,7 +208,9 @@ def test_no_damage_to_a_good_file_raises_anything_but_one_clear_sentence(scratch
         (b"PK\x03\x04aaaa", "a.zip", "is a zip file, not UTF-8 text"),
         (LINES[0].encode("utf-16"), "a.jsonl", "is UTF-16 or binary, not UTF-8 text"),
         ("日本".encode("utf-16"), "a.jsonl", "is UTF-16 or binary, not UTF-8 text"),
-        (LINES[0] + '\n{"a": "x\0y"}', "a.jsonl", "is binary, not UTF-8 text"),
+        (b"\xd0\x05\0\0\0\0\0\0" + LINES[0].encode() * 9, "a.jsonl", "is binary, not UTF-8 text"),
+        (LINES[0].encode("utf-16")[2:], "a.jsonl", "is binary, not UTF-8 text"),
+        ('{"train": [{"a": 1}], "test": []}', "a.json", "holds more than one list of rows"),
         ("[\n{},\n}]", "a.json", "line 3: broken JSON"),
         ("prompt,completion\nHi,\"Hello\n" + "x,y\n" * 50, "a.csv", "broken CSV (unexpected end of data)"),
         (b"PAR1 nothing", "a.parquet", "is not a readable Parquet file"),
@@ -233,9 +236,10 @@ def test_a_file_that_cannot_be_used_is_refused_in_one_sentence(
         (LINES[0] + "\n" + LINES[1] + "\n" + LINES[2][:-4], 3, "broken JSON (Expecting value)"),
         (LINES[0] + "\n" + "[" * 100_000, 2, "broken JSON (nested too deeply or a number too long)"),
         (LINES[0] + '\n{"a": ' + "9" * 5000 + "}", 2, "broken JSON (nested too deeply or a number too long)"),
-        ("\n" * 5000 + LINES[0] + "\n" * 5000 + '{"a": "x\0y"}', 10001, "broken JSON (Invalid control character at)"),
+        ("\n" * 5000 + LINES[0] + "\n" * 5000 + '{"a": "x\0y"}', 10001, "broken JSON (a NUL byte)"),
+        ("\0" + LINES[0] + "\n" + LINES[1] + "\n" + LINES[2], 1, "broken JSON (a NUL byte)"),
     ],
-    ids=["bytes", "open", "torn", "deep", "number", "nul"],
+    ids=["bytes", "open", "torn", "deep", "number", "nul", "nul at the start"],
 )
 def test_a_line_that_is_no_json_is_left_out_by_its_number_and_the_others_are_read(
     file: WriteFile, content: str | bytes, line: int, reason: str
@@ -244,6 +248,19 @@ def test_a_line_that_is_no_json_is_left_out_by_its_number_and_the_others_are_rea
     broken = [(entry.line, entry.reason) for entry in rows.left_out if "label is false" not in entry.reason]
     assert broken == [(line, reason)]
     assert rows.used and adds_up(rows, "sft")
+
+
+@pytest.mark.parametrize("key", ["train", "data", "rows"])
+@pytest.mark.parametrize("indent", [None, 1])
+def test_rows_under_one_key_are_unwrapped(file: WriteFile, key: str, indent: int | None) -> None:
+    path = file(json.dumps({key: ROWS}, indent=indent), "a.json")
+    assert kind_of(path) == f'json, rows under "{key}"'
+    assert [row.messages for row in read_rows(path, "kto").used] == [row["conversations"] for row in ROWS]
+
+
+def test_a_row_whose_turns_stand_under_such_a_key_is_a_row(file: WriteFile) -> None:
+    path = file([{"data": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 2)
+    assert kind_of(path) == "jsonl" and len(read_rows(path, "sft", columns={"messages": "data"}).used) == 2
 
 
 def test_a_missing_file_a_folder_and_a_path_that_is_none_are_refused(tmp_path: Path) -> None:

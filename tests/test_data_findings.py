@@ -8,6 +8,7 @@ import pytest
 from conftest import ANSWER, CALL, SHARED_DATA, USER, WriteFile, good
 from test_data_repeats import text
 
+from core.config import resolve
 from core.data_calls import calls_of, misfit
 from core.data_finding import Finding, Look
 from core.data_findings import findings, length_findings
@@ -17,6 +18,7 @@ from core.data_repeats import near_duplicates
 from core.data_shape import content_shape, histogram, packs, pattern_words, token_shape
 from core.data_survey import survey
 from core.data_tokens import tokenize
+from core.sources import is_untuned
 
 SOUND = [good(f"{text(12, n)}?", n % 2 == 0, answer=text(20, n + 500)) for n in range(60)]
 
@@ -77,6 +79,19 @@ CASES: list[tuple[str, list[Any], str, list[int], dict[str, Any]]] = [
      {"method": "kto"}),
     ("untuned base", [], "KTO starts from a model that was not tuned", [], {"method": "kto", "untuned": True}),
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "untuned"),
+    [
+        ("unsloth/mistral-7b-v0.3-bnb-4bit", True), ("org/wait-and-see-7b", True), ("run:last", False),
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", False), ("/models/Llama-2-7b-chat-hf/", False),
+        ("google/gemma-2-2b-it", False),
+    ],
+)  # fmt: skip
+def test_kto_alone_is_advised_against_on_base_models_only(name: str, untuned: bool) -> None:
+    plan = resolve("kto", None, {"model.name": (name, "test")}, gpu_present=False).plan
+    assert is_untuned(plan) is untuned
 
 
 @pytest.mark.parametrize(("kind", "rows", "says", "at", "more"), CASES, ids=[case[0] for case in CASES])

@@ -200,6 +200,24 @@ def test_a_run_keeps_its_ledger_and_gives_it_out_as_csv(
     assert [line["tokens"] for line in lines[:9]] == [int(row["tokens"]) for row in table[:9]]
 
 
+def test_the_ledgers_of_all_stages_are_given_out_with_the_stage_beside_each_row(
+    make_run: MakeRun, file: WriteFile, said: Callable[..., str], tmp_path: Path
+) -> None:
+    run, path = make_run("sft-kto"), file(MIXED)
+    for stage in ("sft", "kto"):
+        run.stage_path(stage).mkdir()
+        Ledger.of([Source(survey(path))], stage).save(run.stage_path(stage) / LEDGER)
+    words = ("--runs-dir", run.path.parent)
+    shown = said("data", "ledger", run.name, tmp_path / "all.csv", *words)
+    assert f"{run.name} SFT: 10 rows" in shown and f"{run.name} KTO: 10 rows" in shown
+    with (tmp_path / "all.csv").open(newline="") as stream:
+        assert [row["stage"] for row in csv.DictReader(stream)] == ["sft"] * 10 + ["kto"] * 10
+    said("data", "ledger", run.name, tmp_path / "all.jsonl", *words)
+    assert len((tmp_path / "all.jsonl").read_text().splitlines()) == 20
+    said("data", "ledger", run.name, tmp_path / "kto.csv", "--stage", "kto", *words)
+    assert (tmp_path / "kto.csv").read_text().startswith("file,line,fate")
+
+
 def test_a_damaged_or_missing_ledger_is_one_sentence(make_run: MakeRun, refused: Any) -> None:
     run = make_run("sft")
     words = ("data", "ledger", run.name, "--runs-dir", run.path.parent)

@@ -18,6 +18,7 @@ from core.backend import settle
 from core.checkpoints import write_manifest
 from core.config import resolve
 from core.disk import adapter_parameters, checkpoint_bytes
+from core.errors import FinetuiError
 from core.gpu import GpuSample
 from core.paths import configs_dir
 from core.ready import Ready
@@ -27,8 +28,9 @@ from core.turns import take_turn
 from tui.completion import completions, load_recent, remember
 from tui.data_room import DataRoom
 from tui.data_views import TRAINED, row_words
-from tui.draft import Draft, RowsDraft
+from tui.draft import STEPS, Draft, RowsDraft
 from tui.forecast import Count, consequence, differences, fit, stage_words
+from tui.review import refusal
 from tui.settings import Setting
 from tui.wizard import WizardScreen
 
@@ -203,8 +205,8 @@ async def test_consequences_stand_beside_the_fields_and_follow_what_is_typed(
         await until(pilot, lambda: "→ 4 × 1 = 4 examples a step, 10 steps an epoch" in help_of(app, "kto.batch_size"))
         assert "30 steps in all" in help_of(app, "kto.num_train_epochs")
         assert "5 of 30 steps" in help_of(app, "kto.warmup_ratio")
-        await shows(pilot, "→ 30 steps of 4; 40 examples, 10 steps an epoch")
-        await shows(pilot, "tokens an epoch")
+        await shows(pilot, "→ 30 steps of 4 examples; an epoch is 10 steps, 40 examples")
+        await shows(pilot, "of them trained")
         setting(app, "kto.save_steps").query_one(".value").focus()
         assert "none before the end at step 30" in help_of(app, "kto.save_steps")
         await pilot.press("1", "0")
@@ -227,7 +229,7 @@ def test_steps_are_said_as_training_counts_them() -> None:
     assert consequence(plan, "sft.max_length", counts) == "the longest row kept has 71 tokens"
     assert consequence(plan, "lora.r", counts) == "alpha / r = 2"
     assert consequence(plan, "kto.batch_size", {}) == "4 × 1 = 4 examples a step"
-    assert "72 steps of 4; 320 examples" in stage_words(plan, "kto", counts["kto"])
+    assert "72 steps of 4 examples; an epoch is 80 steps, 320 examples" in stage_words(plan, "kto", counts["kto"])
     assert stage_words(plan, "kto", None) == "72 steps of 4 examples"
 
 
@@ -258,15 +260,27 @@ async def test_the_review_foresees_steps_memory_disk_and_what_changed_and_runs_d
             await shows(pilot, "✘ The run and what is made of it take about", "checkpoints and result", "0 MiB free")
     app = WizardApp(draft, tmp_path)
     async with app.run_test(size=(120, 40)) as pilot:
-        text = await shows(pilot, "✔ ready", "tokens an epoch", "roughly", f"going by {run.name}", "100 tokens/s")
+        text = await shows(pilot, "✔ ready", "of them trained", "roughly", f"going by {run.name}", "100 tokens/s")
         assert f"since {run.name}: sft.learning_rate 0.001 → 0.0003; sft.num_train_epochs 3 → 2" in text
-        assert "10 steps of 4; 20 examples, 5 steps an epoch" in text
+        assert "10 steps of 4 examples; an epoch is 5 steps, 20 examples" in text
         assert "free on this machine (RAM)" in text and "GiB with 4 rows at once" in text and "an estimate" in text
         assert "rows are left out" in text
         await pilot.press("d")
         await shows(pilot, "Dry run", "✔ it holds together", "SFT: 20 examples")
         await pilot.press("escape")
         await until(pilot, lambda: app.screen is app.wizard)
+
+
+@pytest.mark.parametrize(
+    ("part", "step"),
+    [("model.name", "Model"), ("model", "Model"), ("kto.data", "Data"), ("sft.data.file", "Data"),
+     ("sft.max_length", "Settings"), ("sft.data.holdout", "Settings"), ("", "Settings")],
+)  # fmt: skip
+def test_a_refusal_names_the_step_that_can_mend_it(part: str, step: str) -> None:
+    error = FinetuiError("No.", "Yes.")
+    error.about = part
+    words = refusal(error).plain
+    assert words.startswith("✘ No. Yes.") and words.endswith(f"  {STEPS.index(step) + 1} leads back to {step}.")
 
 
 async def test_a_key_of_the_review_lets_the_run_start_after_the_one_that_has_the_device(
@@ -291,7 +305,7 @@ async def test_a_trainer_gets_ready_while_the_review_is_read_and_is_the_runs_own
 ) -> None:
     monkeypatch.setattr("core.ready.TRIED", {"trl"})
     monkeypatch.setattr("core.ready.WORTH_BYTES", 0)
-    monkeypatch.setattr("tui.wizard.READ_S", 0.0)
+    monkeypatch.setattr("tui.review.READ_S", 0.0)
     kept: list[Ready] = []
     monkeypatch.setattr("core.ready.Ready", lambda environment: kept.append(Ready(environment)) or kept[-1])
     app = WizardApp(draft_of("sft", tiny_model, rows_file(), 4), tmp_path)

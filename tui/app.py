@@ -3,6 +3,7 @@
 Training never depends on it.
 """
 
+import asyncio
 import contextlib
 import functools
 import gc
@@ -12,15 +13,16 @@ import select
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from textual import on
+from textual import events, on, work
 from textual.app import App, SystemCommand
 from textual.binding import Binding
-from textual.notifications import SeverityLevel
+from textual.content import Content
 from textual.screen import Screen
+from textual.widgets import Input
 
 from core.paths import cache_dir, runs_dir
 from core.runs import NAME, Run
@@ -28,11 +30,13 @@ from core.watch import GLYPHS
 from tui.dashboard import DashboardScreen
 from tui.dialogs import Ended, HelpScreen
 from tui.home import HomeScreen
+from tui.widgets import HUES, Banner
 
 LOOK_AT_TERMINAL_S = 1.0
 LEAVE_S = 5.0
 """How long the app has to leave in order once its terminal is gone."""
 EXIT_LOST_TERMINAL = 129
+SETTLE_S, SETTLE_ROUNDS = 1.0, 6
 ENDS = {"done": "is done", "stopped": "stopped", "aborted": "was aborted", "failed": "failed", "crashed": "crashed"}
 SYSTEM_ACTIONS = ("screen.copy_text", "screen.minimize", "app.focus_next", "app.focus_previous")
 KEPT_COMMANDS = ("Theme", "Maximize", "Minimize")
@@ -51,6 +55,7 @@ class FinetuiApp(App[None]):
         self.folder = folder or runs_dir()
         self.watch_first, self.chat_first = watch, chat
         self.animation_level = "none"
+        self._typed: asyncio.Queue[events.Event] = asyncio.Queue()
         self._told: set[tuple[str, str]] = set()
         if (kept := kept_settings().get("theme")) in self.available_themes:
             self.theme = kept
@@ -60,6 +65,7 @@ class FinetuiApp(App[None]):
         return HomeScreen(self.folder, "" if self.folder == default else str(self.folder))
 
     def on_mount(self) -> None:
+        self.hand_out_keys()
         gc.freeze()  # what lives as long as the app is not gone through again at every full collection
         sys.setswitchinterval(0.001)  # a thread that reads a long log gives way to the keyboard five times as often
         self.theme_changed_signal.subscribe(self, lambda theme: keep_settings({"theme": theme.name}))
@@ -73,6 +79,39 @@ class FinetuiApp(App[None]):
 
             self.push_screen(ChatScreen(self.chat_first))
 
+    async def on_event(self, event: events.Event) -> None:
+        if isinstance(event, events.Key | events.Paste) and not event.is_forwarded:
+            self._typed.put_nowait(event)
+        else:
+            await super().on_event(event)
+
+    @work(group="keys")
+    async def hand_out_keys(self) -> None:
+        """Give each key to where the keys before it have led, however fast they come. A key's binding is looked up only
+        once the key was passed through all widgets up to the app, behind the keys that wait there: what is typed ahead,
+        or comes at once over a slow link, would else reach the field that had the focus before."""
+        while True:
+            event = await self._typed.get()
+            if isinstance(event, events.Key) and event.key in ("tab", "shift+tab"):
+                await self._settle(laid_out=True)  # the order of fields is that of their places
+            await super().on_event(event)
+            if not (isinstance(event, events.Key) and event.is_printable and isinstance(self.focused, Input)):
+                await self._settle()
+
+    async def _settle(self, *, laid_out: bool = False) -> None:
+        """Wait until whatever has the focus, and all it stands in, have done what they were told so far."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(SETTLE_S):
+                for _ in range(SETTLE_ROUNDS):
+                    target = self.focused or self.screen
+                    chain = target.ancestors_with_self
+                    for node in chain:
+                        await _reached(node.call_later)
+                    if (self.focused or self.screen) is target and not any(node.message_queue_size for node in chain):
+                        break
+                if laid_out:
+                    await _reached(self.screen.call_after_refresh)
+
     def end_without_terminal(self) -> None:
         """Leave when standard input has hung up: without a terminal the input thread would spin."""
         if not self.is_headless and terminal_is_gone():
@@ -80,7 +119,8 @@ class FinetuiApp(App[None]):
 
     @on(Ended)
     def run_ended(self, event: Ended) -> None:
-        """Ring once for each end: the bell, a notification of the terminal, and a toast."""
+        """Ring once for each end: the bell, a notification of the terminal, and words in the line on top, for a toast
+        would cover the page one works on."""
         if (event.run_name, event.status) in self._told:
             return
         self._told.add((event.run_name, event.status))
@@ -88,8 +128,11 @@ class FinetuiApp(App[None]):
         self.bell()
         if self._driver is not None:
             self._driver.write(notification(words, in_tmux=bool(os.environ.get("TMUX"))))
-        severity: SeverityLevel = "information" if event.status in ("done", "stopped") else "error"
-        self.notify(f"{GLYPHS.get(event.status, '?')} {words}", severity=severity, markup=False)
+        told = f"{GLYPHS.get(event.status, '?')} {words.removeprefix('finetui: ')}"
+        news = Content.styled(told, HUES.get(event.status, ""))
+        for screen in self.screen_stack:
+            for banner in screen.query(Banner):
+                banner.tell(news)
 
     @on(DashboardScreen.GoOn)
     def go_on(self, event: DashboardScreen.GoOn) -> None:
@@ -125,6 +168,13 @@ class FinetuiApp(App[None]):
         shown["Every action and the themes"] = "ctrl+p"
         place = getattr(self.screen, "place", "")
         self.push_screen(HelpScreen(f"Keys: {place}", [(key, words) for words, key in shown.items()]))
+
+
+async def _reached(call: Callable[[Callable[[], None]], bool]) -> None:
+    """Wait until `call` calls back, where it will."""
+    done = asyncio.Event()
+    if call(done.set):
+        await done.wait()
 
 
 def end_message(name: str, status: str) -> str:

@@ -1,6 +1,6 @@
 """The wizard's page about data: which rows each stage learns from, and the data room below them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,13 @@ from textual.widget import Widget
 from textual.widgets import Input
 
 from core.data_rows import COLUMNS, ROLE_HELP
+from core.errors import FinetuiError
 from core.paths import runs_dir
 from core.text import clean
 from tui.completion import PathLine, load_columns
-from tui.data_room import VIEWS, DataRoom
-from tui.pages import Page
+from tui.data_room import FINDINGS, VIEWS, DataRoom
+from tui.draft import Checked, Draft
+from tui.pages import Page, problem_words
 from tui.widgets import Choice, Line, Words, keys
 
 ROW_KINDS = (("demo", "the demo's rows"), ("file", "a file"), ("hub", "a Hub data set"))
@@ -28,13 +30,17 @@ HUB_LINES = (
     ("dataset_revision", "revision (main)"),
 )  # fmt: skip
 WIDE, LOW = 100, 27
+LOOK = Binding.Group(", ".join(VIEWS).capitalize(), compact=True)
 NEEDS = {"sft": "conversations", "kto": "conversations labelled true or false"}
 
 
 class DataPage(Page):
     """A block for each stage: which rows, and what a look into them found; below them the data room."""
 
-    BINDINGS = [Binding(str(number), f"view({number - 1})", name, show=False) for number, name in enumerate(VIEWS, 1)]
+    BINDINGS = [
+        *(Binding(str(number), f"view({number - 1})", name, group=LOOK) for number, name in enumerate(VIEWS, 1)),
+        Binding("m", "columns", "Columns"),
+    ]
 
     @dataclass
     class Wanted(Message):
@@ -44,6 +50,38 @@ class DataPage(Page):
 
     close = False
     """Whether the data room has taken the room of the other lines."""
+    waits_for_check = True
+
+    def __init__(self, draft: Draft) -> None:
+        super().__init__(draft)
+        self.troubles: Mapping[str, FinetuiError | None] = {}
+        """What is in the way of training on the rows of each stage, as far as they are known."""
+        self._held: set[str] = set()
+
+    @property
+    def waits_for_rows(self) -> bool:
+        """Whether a file has not been looked into yet."""
+        return any(self.draft.data[stage].kind == "file" and stage not in self.troubles for stage in self.draft.stages)
+
+    def ready(self, found: Checked | None) -> bool:
+        """Whether every stage has rows to learn from; else it is said, and the focus goes where it can be mended."""
+        self._held.update(self.draft.stages)
+        for stage in self.draft.stages:
+            if self.troubles.get(stage):
+                self.report(stage, Content(""))
+                self.app.bell()
+                self._lead_to(stage)
+                return False
+        return True
+
+    def _lead_to(self, stage: str) -> None:
+        """Put the focus on the line that names the rows of a stage; where they were read, show what was found."""
+        room, kind = self.query_one(DataRoom), self.draft.data[stage].kind
+        line = ".file" if kind == "file" else ".dataset"
+        if room.shown[stage].look:
+            room.stage, line = stage, ".kind"  # where m and 2 can be pressed, too
+            room.action_view(FINDINGS)
+        self.query_one(f"#rows-{stage}").query_one(line).focus()
 
     def compose(self) -> ComposeResult:
         yield Words("Which rows?", classes="question")
@@ -96,6 +134,20 @@ class DataPage(Page):
         """A view of the data room, from anywhere but a line that is typed into."""
         self.query_one(DataRoom).action_view(view)
 
+    def action_columns(self) -> None:
+        """Say which column of the rows is what, of the stage in whose lines the focus is."""
+        stage = self._focused_stage
+        self.query_one(DataRoom).post_message(DataRoom.Asked(stage, "columns"))
+
+    @property
+    def _focused_stage(self) -> str:
+        around = self.screen.focused.ancestors_with_self if self.screen.focused else []
+        blocks = [str(node.id).removeprefix("rows-") for node in around if node.has_class("rows")]
+        return blocks[0] if blocks else next((room.stage for room in self.query(DataRoom)), self.draft.stages[0])
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        return self.draft.data[self._focused_stage].kind != "demo" if action == "columns" else True
+
     def _lay_out(self, stage: str) -> None:
         """Show the lines that the kind of rows needs."""
         kind = self.draft.data[stage].kind
@@ -105,6 +157,13 @@ class DataPage(Page):
             block.query_one(name).display = kind == "hub" and not self.close
 
     def report(self, stage: str, words: Content) -> None:
+        """Say what is known of the rows of a stage."""
+        own = [other.upper() for other in self.draft.stages if self.draft.data[other].kind != "demo"]
+        if stage in self._held and (error := self.troubles.get(stage)):
+            words = Content.assemble(("Not yet. ", "bold"), problem_words(error))
+        elif own and self.draft.data[stage].kind == "demo":
+            warning = f"! {stage.upper()} would learn the demo's made-up tool calls, not what {own[0]} learns."
+            words = Content.assemble((warning, "$text-warning"), "  ←/→ chooses.\n", words)
         self.query_one(f"#rows-{stage}").query_one(".report", Words).say(words)
 
     @staticmethod
@@ -115,6 +174,7 @@ class DataPage(Page):
     @on(Choice.Changed)
     def chosen(self, event: Choice.Changed) -> None:
         stage = self._stage_of(event.choice)
+        self._held.clear()
         rows = self.draft.data[stage] = self.draft.data[stage].model_copy(update={"kind": event.value})
         rows.columns = load_columns(rows)
         self._lay_out(stage)
@@ -124,6 +184,7 @@ class DataPage(Page):
     @on(Input.Changed)
     def typed(self, event: Input.Changed) -> None:
         stage = self._stage_of(event.input)
+        self._held.clear()
         named = ("file", "dataset", *(name for name, _ in HUB_LINES))
         name = next(name for name in named if event.input.has_class(name))
         if event.value != getattr(self.draft.data[stage], name):

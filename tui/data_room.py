@@ -37,6 +37,7 @@ from tui.widgets import Words
 VIEWS = ("Rows", "Findings", "Lengths", "Contents")
 WIDE, HIGH, BESIDE, SIDE = 100, 18, 110, 42
 ROWS, FINDINGS, LENGTHS, CONTENTS = range(4)
+MOVE = Binding.Group("Move", compact=True)
 
 
 @dataclass
@@ -83,19 +84,19 @@ class DataRoom(VerticalScroll, can_focus=True):
 
     BINDINGS: ClassVar[list[BindingType]] = [
         *(Binding(str(number), f"view({number - 1})", name, show=False) for number, name in enumerate(VIEWS, 1)),
-        Binding("left", "move(-1)", "Before", key_display="←"),
-        Binding("right", "move(1)", "After", key_display="→"),
+        Binding("left", "move(-1)", "Before", key_display="←", group=MOVE),
+        Binding("right", "move(1)", "After", key_display="→", group=MOVE),
         Binding("shift+left", "move(-25)", "Far back", show=False),
         Binding("shift+right", "move(25)", "Far on", show=False),
         Binding("up", "choose(-1)", "Up", show=False),
         Binding("down", "choose(1)", "Down", show=False),
-        Binding("space", "other_stage", "SFT or KTO"),
+        Binding("space", "other_stage", "SFT/KTO"),
         Binding("i", "ids", "Ids"),
         Binding("k", "keep_limit", "Keep limit"),
         Binding("c", "count_all", "Count every row"),
-        Binding("m", "ask('columns')", "Which column is what", show=False),
+        Binding("m", "ask('columns')", "Columns"),
         Binding("f", "ask('fetch')", "Fetch now"),
-        Binding("l", "ask('ledger')", "Save every row with its fate", show=False),
+        Binding("l", "ask('ledger')", "Ledger"),
         Binding("enter", "open", "Next"),
     ]
 

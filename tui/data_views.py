@@ -296,7 +296,8 @@ def contents_words(look: Reply, count: Reply, stage: str, width: int) -> Content
         name = clean(str(entry["file"]).rsplit("/", 1)[-1], 60)
         weight = f", shown {entry['weight']:g} times an epoch" if entry["weight"] != 1 else ""
         blank = f", {entry['blank']:,} blank lines" if entry["blank"] else ""
-        words = f"{name}  {entry['kind'].upper()}, {entry['rows']:,} rows{blank}{weight}"
+        kind, _, more = entry["kind"].partition(",")
+        words = f"{name}  {kind.upper()}{more and ',' + more}, {entry['rows']:,} rows{blank}{weight}"
         lines.append(Content.assemble(("File     ", "bold"), words))
         lines += wrapped("Columns  ", [*column_items(entry), "m changes that"], width, "; ")
     labels = labels_words(*balance(look, count), stage, max(width - 60, 10))

@@ -108,10 +108,10 @@ def stage_words(plan: Plan, stage: str, count: Count | None) -> str:
         return f"{settings.max_steps:,} steps of {size}" if settings.max_steps > 0 else f"steps of {size} over the rows"
     about = "about " if count.about else ""
     epoch, steps = steps_of(plan, stage, count)
-    words = f"{about}{steps:,} steps of {settings.effective_batch}"
-    words += f"; {count.examples:,} examples, {epoch:,} steps an epoch"
+    words = f"{about}{steps:,} steps of {settings.effective_batch} examples"
+    words += f"; an epoch is {epoch:,} steps, {count.examples:,} examples"
     if count.tokens is not None:
-        words += f", {count.tokens:,} tokens an epoch, {count.trained:,} of them trained"
+        words += f", {count.tokens:,} tokens, {count.trained:,} of them trained"
     return words
 
 

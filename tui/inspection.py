@@ -49,6 +49,8 @@ class Inspection:
         """Usable rows by stage: None while they are read or where there are none, 0 where they are not here yet."""
         self.counts: dict[str, Count] = {}
         self.words: dict[str, Content] = {}
+        self.troubles: dict[str, FinetuiError | None] = {}
+        """What is in the way of training on the rows of a stage, None for nothing; no entry while they are read."""
         self._reports: dict[str, Reply] = {}
         self._hubs: dict[str, Reply] = {}
         self._replies: dict[str, Reply] = {}
@@ -63,7 +65,8 @@ class Inspection:
         """The rows of a stage were named anew."""
         self.looks.end(stage)
         for known in (
-            self.usable, self._looked, self._reports, self._hubs, self.words, self._replies, self._counted, self.counts
+            self.usable, self._looked, self._reports, self._hubs, self.words, self._replies, self._counted, self.counts,
+            self.troubles,
         ):  # fmt: skip
             known.pop(stage, None)
 
@@ -76,8 +79,15 @@ class Inspection:
                 words = "Type the path of a file." if rows.kind == "file" else "Type OWNER/NAME."
                 self.forget(stage)
                 self.words[stage] = Content.styled(words, MUTED)
+                part = f"{stage}.data.{'file' if rows.kind == 'file' else 'dataset'}"
+                self.troubles[stage] = found.problems.get(part) or FinetuiError(words)
             elif found.resolved:
                 self._look(found.resolved.plan, stage, stage in fetch)
+
+    def doubt(self) -> None:
+        """Rows that could not be used are to be looked at anew."""
+        for stage in [stage for stage, error in self.troubles.items() if error]:
+            self._looked.pop(stage, None)
 
     def _look(self, plan: Plan, stage: str, fetch: bool) -> None:
         settings = plan.stage(stage)
@@ -99,6 +109,8 @@ class Inspection:
         if event.key != self._looked.get(stage):
             return False
         if "progress" in said:
+            if said["progress"].get("conversations"):
+                self.troubles.setdefault(stage, None)
             if stage not in self._reports:
                 self.words[stage] = progress_words(said["progress"])
             return False
@@ -107,15 +119,23 @@ class Inspection:
             return False
         if "error" in said:
             file = str(json.loads(event.key)["data"]["file"] or "")
-            self.words[stage] = problem_words(FinetuiError(shorter(said["error"], file), said["advice"]))
-            self.usable[stage] = 0 if "fetched" in said["error"] else None
+            error = FinetuiError(shorter(said["error"], file), said["advice"])
+            fetched_later = "fetched" in said["error"]
+            self.words[stage], self.usable[stage] = problem_words(error), 0 if fetched_later else None
+            self.troubles[stage] = None if fetched_later else error
             return True
         if "hub" in said:
             self._hubs[stage] = said["hub"]
             self.words[stage], self.usable[stage] = hub_words(said["hub"]), 0
+            self.troubles[stage] = None
         else:
             report = self._reports[stage] = said["report"]
-            self.usable[stage] = None if report["problem"] else int(report["usable"])
+            problem = report["problem"]
+            self.usable[stage] = None if problem else int(report["usable"])
+            self.troubles[stage] = None
+            if problem:
+                said_shorter = shorter(problem["error"], report["files"][0]["file"])
+                self.troubles[stage] = FinetuiError(said_shorter, problem["advice"])
             self.words[stage] = summary(report, self._replies.get(stage), stage)
         if room:
             self.fill(room, stage)

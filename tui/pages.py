@@ -23,6 +23,8 @@ from tui.draft import Checked, Draft
 from tui.forecast import Counts, card, fit
 from tui.widgets import Menu, Rows, Words
 
+ASSUMED_TOKENS = 512
+"""The length of the rows for which the table of sizes says what is needed."""
 METHOD_HELP: dict[str, tuple[str, str, str, str]] = {
     "sft": (
         "SFT: learn from examples",
@@ -57,6 +59,11 @@ class Page(VerticalScroll, can_focus=False):
     first = ""
     waits_for_check = False
     """Whether going on has to wait until the newest change was checked."""
+
+    @property
+    def waits_for_rows(self) -> bool:
+        """Whether it has to wait until something is known of the rows."""
+        return False
 
     class Edited(Message):
         """The draft was changed."""
@@ -128,6 +135,7 @@ class ModelPage(Page):
         yield Words("Which model?", classes="question")
         yield Rows(id="sizes", cursor_type="row")
         yield Words(id="about-size")
+        yield Words(id="assumes")
         yield Words(id="card")
         yield Words(
             "Or a model of your own: a Hub id, a folder, or run:NAME for an earlier run's result.", classes="gap"
@@ -141,25 +149,29 @@ class ModelPage(Page):
     def on_mount(self) -> None:
         self._card = card()
         table = self.query_one("#sizes", DataTable)
-        table.add_columns("size", "model", "LoRA", "batch", "GiB", "fits here?")
-        needs = preset_needs(self.draft.method, self._card is not None)
+        two = len(self.draft.stages) > 1
+        table.add_columns("size", "model", "LoRA", "batches" if two else "batch", "GiB", "fits here?")
+        needs = preset_needs(self.draft.method, self._card is not None, ASSUMED_TOKENS)
         for size, preset in size_presets().items():
             table.add_row(*(Text(clean(cell, 40)) for cell in self._cells(size, preset, needs[size])), key=size)
         if self._card:
             name, free, total = self._card
             self.query_one("#card", Words).say(f"{clean(name, 60)}: {free:.1f} of {total:.1f} GiB free")
-        self.query_one("#sizes").tooltip = "GiB: about what the preset needs for rows of 512 tokens"
+        batches = "Batches: SFT's, KTO's. " if two else ""
+        self.query_one("#assumes", Words).say(
+            f"{batches}GiB: with rows of {ASSUMED_TOKENS} tokens; the review knows yours."
+        )
         size = self.draft.size or ("7b" if gpu_present() else "135m")
         table.move_cursor(row=list(size_presets()).index(size))
         self.screen.set_focus(self.query_one("#own" if self.draft.model else "#sizes"))
 
     def _cells(self, size: str, preset: dict[str, Any], need_gib: float) -> list[str]:
-        stage = preset[self.draft.stages[-1]]
+        stages = [preset[stage] for stage in self.draft.stages]
         return [
             size,
             preset["model"]["name"].rsplit("/", 1)[-1],
             f"{preset['lora']['r']}/{preset['lora']['alpha']}",
-            f"{stage['batch_size']}×{stage['gradient_accumulation_steps']}",
+            ", ".join(f"{stage['batch_size']}×{stage['gradient_accumulation_steps']}" for stage in stages),
             f"{need_gib:.1f}",
             fits(size, need_gib, self._card),
         ]

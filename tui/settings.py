@@ -1,4 +1,4 @@
-"""The wizard's pages of settings and review, made from the plan's own description of its options."""
+"""The wizard's page of settings, made from the plan's own description of its options."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from core.errors import FinetuiError
 from core.plan import Option, Plan
 from core.text import clean
 from tui.draft import DEMO, SOURCE, Checked, Draft, applies
-from tui.forecast import Counts, Forecast, consequence, stage_words
+from tui.forecast import Counts, consequence, stage_words
 from tui.pages import Page, problem_words
 from tui.widgets import Choice, Line, Words
 
@@ -196,93 +196,3 @@ ROWS = tuple(
     f".data.{name}"
     for name in ("file", "dataset", "dataset_config", "dataset_file", "dataset_revision", "split", "columns", "demo")
 )
-
-
-class ReviewPage(Page):
-    """The plan as the run will use it, each value with its source; the command; whether model and rows are fit."""
-
-    can_focus = True
-
-    def compose(self) -> ComposeResult:
-        yield Words(id="what")
-        yield Words(id="verdict", classes="gap")
-        with Container(id="forecast"):
-            stages = (stage.upper() for stage in self.draft.stages)
-            for name in (*stages, "Memory", "Disk", "Start", "Duration", "Changed"):
-                yield Words(Content.styled(name, "bold"), id=f"forecast-{name.lower()}-name")
-                yield Words(Content.styled("…", "$foreground-muted"), id=f"forecast-{name.lower()}")
-        yield Words(id="command", classes="gap")
-        yield Words(id="plan", classes="gap")
-
-    def on_mount(self) -> None:
-        self._show_start(False)
-        self.focus()
-
-    def show(self, found: Checked) -> None:
-        if found.resolved is None:
-            self.query_one("#what", Words).say("This plan does not hold together yet.")
-            return
-        plan = found.resolved.plan
-        model = clean(plan.model.name or "a model", 60)
-        rows = ", ".join(f"{stage.upper()} on {rows_words(plan, stage)}" for stage in plan.training_stages)
-        then = clean(after_words(plan), 200)
-        self.query_one("#what", Words).say(Content.assemble((model, "bold"), "\n", f"{clean(rows, 300)}{then}"))
-        self.query_one("#plan", Words).say(plan_words(found, self.draft.stages))
-
-    def command(self, words: str) -> None:
-        self.query_one("#command", Words).say(
-            Content.assemble(("The same without the app: ", "$foreground-muted"), clean(words, 2000))
-        )
-
-    def verdict(self, words: Content) -> None:
-        self.query_one("#verdict", Words).say(words)
-
-    def forecast(self, forecast: Forecast) -> None:
-        for name, words, hue in forecast.lines:
-            for line in self.query(f"#forecast-{name.lower()}").results(Words):
-                line.say(Content.styled(clean(words, 1200, newlines=True), hue))
-        self._show_start(any(name == "Start" for name, _, _ in forecast.lines))
-
-    def _show_start(self, shown: bool) -> None:
-        """Whether the run waits for something before it starts is worth a line only where it does."""
-        for line in self.query("#forecast-start, #forecast-start-name").results(Words):
-            line.display = shown
-
-
-def after_words(plan: Plan) -> str:
-    """What follows the training, in a few words; empty for nothing."""
-    export = plan.export
-    parts = ["a score on held-out prompts"] if plan.evaluate.enabled else []
-    if export.merged_forms:
-        parts.append(f"merge ({export.merged_forms[-1].removeprefix('merged_').replace('bit', '-bit')})")
-    if export.gguf:
-        parts.append(f"GGUF {', '.join(export.gguf)}")
-    if export.upload:
-        parts.append(f"upload to {export.upload} ({'private' if export.private else 'public if it is new'})")
-    return f", then {', '.join(parts)}" if parts else ""
-
-
-def rows_words(plan: Plan, stage: str) -> str:
-    data = plan.stage(stage).data
-    return "the demo's rows" if data.demo else data.file or data.dataset or "no rows yet"
-
-
-def plan_words(found: Checked, stages: list[str]) -> Content:
-    """Every value of the plan that applies, with its source; what was set here is marked."""
-    assert found.resolved
-    lines: list[Content] = []
-    group = None
-    for path in OPTIONS:
-        section = path.split(".")[0] if "." in path else ""
-        if section in ("sft", "kto") and section not in stages:
-            continue
-        if section != group:
-            group = section
-            lines += [Content(""), Content.styled(GROUPS.get(section, section), "bold $text-accent")]
-        value = clean(shown_value(found.resolved.plan, path), 300) or "–"
-        source = clean(source_of(found, path), 80)
-        own = "bold" if found.resolved.sources.get(path) == SOURCE else ""
-        name = path.removeprefix(f"{section}.") if section else path
-        words = f"{clean(name, 40):<28} {value:<24}  "
-        lines.append(Content.assemble((words, own), (source, own or "$foreground-muted")))
-    return Content("\n").join(lines[1:])

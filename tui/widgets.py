@@ -1,5 +1,6 @@
 """The app's own widgets. Foreign text goes through `clean` and is shown as Content or Text, not markup."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ from textual.content import Content
 from textual.message import Message
 from textual.reactive import reactive
 from textual.screen import Screen
+from textual.timer import Timer
 from textual.widget import Widget
 from textual.widgets import DataTable, Footer, Input, OptionList, Static
 from textual.worker import Worker, WorkerState
@@ -32,6 +34,8 @@ HUES = {
     "waiting": "$foreground-muted",
 }
 Result = TypeVar("Result")
+NEWS_S = 10.0
+"""How long the banner tells of what happened elsewhere."""
 
 
 def status_text(status: str, colours: Mapping[str, str]) -> Text:
@@ -72,18 +76,28 @@ class Words(Static):
 
 
 class Banner(Horizontal):
-    """The line on top: where one is, and a word on the right."""
+    """The line on top: where one is, for a while what has happened elsewhere, and a word on the right."""
 
     def __init__(self, place: str) -> None:
         super().__init__()
         self._place = place
+        self._news: Timer | None = None
 
     def compose(self) -> ComposeResult:
         yield Words(Content.assemble((" finetui ", "bold reverse"), " ", Content(clean(self._place, 120))), id="place")
+        yield Words(id="news")
         yield Words(id="aside")
 
     def say(self, aside: str | Content) -> None:
         self.query_one("#aside", Words).say(aside)
+
+    def tell(self, news: Content) -> None:
+        """Show a few words that cover nothing, and take them away again."""
+        for words in self.query("#news").results(Words):
+            words.say(news)
+            if self._news:
+                self._news.stop()
+            self._news = self.set_timer(NEWS_S, functools.partial(words.say, ""))
 
 
 class Room(Screen[Result]):

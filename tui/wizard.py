@@ -28,15 +28,14 @@ from tui.data_room import DataRoom
 from tui.dialogs import Ask
 from tui.draft import STEPS, Checked, Draft, checked, command_line, save_draft, with_model
 from tui.dry_run import DryRunScreen
-from tui.forecast import Count, Forecast, earlier, forecast
+from tui.forecast import Count
 from tui.inspection import LEDGER_SLOT, Inspection, LensSaid, LookSaid
-from tui.pages import MethodPage, ModelPage, Page, problem_words
-from tui.settings import ReviewPage, SettingsPage
+from tui.pages import MethodPage, ModelPage, Page
+from tui.review import ReviewPage
+from tui.settings import SettingsPage
 from tui.widgets import Room, StepBar
 
 DEBOUNCE_S = 0.15
-READ_S = 1.0
-"""On the review for so long, a person is reading it."""
 
 
 class WizardScreen(Room[Run | None]):
@@ -51,6 +50,7 @@ class WizardScreen(Room[Run | None]):
         Binding("w", "wait", "Start when free"),
         Binding("o", "other_gpu", "Other GPU"),
         Binding("ctrl+r", "reset", "Reset to presets"),
+        *(Binding(str(step + 1), f"go_to({step})", f"Back to {STEPS[step]}", show=False) for step in range(4)),
         Binding("f1", "app.help", "Help"),
     ]
     place = "new run"
@@ -60,20 +60,6 @@ class WizardScreen(Room[Run | None]):
         """What the draft makes was worked out."""
 
         found: Checked
-        edits: int
-
-    @dataclass
-    class Judged(Message):
-        """Model and rows were looked at: notices, or what is in the way."""
-
-        notices: list[str]
-        error: FinetuiError | None
-
-    @dataclass
-    class Foreseen(Message):
-        """What the plan will take was worked out."""
-
-        forecast: Forecast
         edits: int
 
     @dataclass
@@ -96,8 +82,6 @@ class WizardScreen(Room[Run | None]):
         self.starting = False
         self._save_failed = False
         self.inspection = Inspection(self.post_message)
-        self.judgement: WizardScreen.Judged | None = None
-        self.foreseen: Forecast | None = None
         self.standby = Standby()
 
     def on_unmount(self) -> None:
@@ -123,6 +107,11 @@ class WizardScreen(Room[Run | None]):
         """The data room, where its page is shown."""
         return next(iter(self.page.query(DataRoom)), None)
 
+    @property
+    def review(self) -> ReviewPage | None:
+        """The last page, where it is shown."""
+        return next(iter(self.query(ReviewPage)), None)
+
     def body(self) -> ComposeResult:
         yield StepBar(id="steps")
         yield Container(id="page")
@@ -138,7 +127,10 @@ class WizardScreen(Room[Run | None]):
     async def turn_to(self, step: int) -> None:
         """Show a page, built anew from the draft."""
         self.draft.step = step
-        pages = (MethodPage, ModelPage, DataPage, lambda draft: SettingsPage(draft, self.found), ReviewPage)
+        pages = (
+            MethodPage, ModelPage, DataPage, lambda draft: SettingsPage(draft, self.found),
+            lambda draft: ReviewPage(draft, self.runs_folder, self.standby),
+        )  # fmt: skip
         states = ["done"] * step + ["running"] + ["waiting"] * (len(STEPS) - step - 1)
         self.query_one(StepBar).show(
             [(f"{n} {name}", state) for n, (name, state) in enumerate(zip(STEPS, states, strict=True), 1)], step
@@ -146,6 +138,8 @@ class WizardScreen(Room[Run | None]):
         holder = self.query_one("#page", Container)
         await holder.remove_children()
         await holder.mount(pages[step](self.draft))
+        if not self.query(Page):  # the app is being left
+            return
         self.refresh_bindings()
         if self.room:
             for stage in self.draft.stages:
@@ -156,16 +150,21 @@ class WizardScreen(Room[Run | None]):
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         if action == "reset":
             return self.draft.step >= STEPS.index("Settings")
-        foreseen = self.foreseen if self.draft.step == len(STEPS) - 1 else None
+        foreseen = self.review.foreseen if self.review else None
         if action in ("wait", "other_gpu"):
             return bool(foreseen and (foreseen.busy if action == "wait" else foreseen.other_gpu is not None))
         last = self.draft.step == len(STEPS) - 1
-        return last if action in ("save", "dry_run", "start_run") else not last if action == "next" else True
+        return last if action in ("save", "dry_run", "start_run", "go_to") else not last if action == "next" else True
 
     def action_next(self) -> None:
         self.post_message(self.Turn(1))
 
     action_start_run = action_next
+
+    def action_go_to(self, step: int) -> None:
+        """Back to an earlier step, and there to what is in the way."""
+        if not self.starting:
+            self.post_message(self.Turn(step - self.draft.step))
 
     def action_back(self) -> None:
         self.post_message(self.Turn(-1))
@@ -177,8 +176,9 @@ class WizardScreen(Room[Run | None]):
 
     def action_other_gpu(self) -> None:
         """Train on a GPU that none of our runs uses."""
-        if self.foreseen and self.foreseen.other_gpu is not None:
-            self.draft.values = {**self.draft.values, "gpu": str(self.foreseen.other_gpu)}
+        foreseen = self.review.foreseen if self.review else None
+        if foreseen and foreseen.other_gpu is not None:
+            self.draft.values = {**self.draft.values, "gpu": str(foreseen.other_gpu)}
             self.edited()
 
     def action_reset(self) -> None:
@@ -196,25 +196,31 @@ class WizardScreen(Room[Run | None]):
         if event.by > 0:
             await self.go_on()
             return
+        self.next_wanted = False
         if self.draft.step or not event.by:
-            await self.turn_to(self.draft.step + event.by)
+            await self.turn_to(max(self.draft.step + event.by, 0))
+            if event.by < -1:
+                self.page.ready(self.found)
             self.keep()
         elif not self.starting:
             self.dismiss(None)
 
     async def go_on(self) -> None:
         """To the next page, or from the last one into the run."""
-        if self.page.waits_for_check and self.found_at != self.edits:
-            self.next_wanted = True
+        self.next_wanted = self.page.waits_for_check and (self.found_at != self.edits or self.page.waits_for_rows)
+        if self.next_wanted:
             return
         if not self.page.ready(self.found):
+            self.inspection.doubt()  # what was wrong may have been mended elsewhere in the meantime
+            self.look_closer()
             return
         if self.draft.step < len(STEPS) - 1:
             await self.turn_to(self.draft.step + 1)
             self.keep()
         elif not self.starting:
             self.starting = True
-            self.say_verdict(Content.styled("● starting …", "$text-primary"))
+            if review := self.review:
+                review.begin()
             self.start()
 
     @on(Page.Edited)
@@ -258,86 +264,19 @@ class WizardScreen(Room[Run | None]):
             self.look_closer()
             self.page.counts = self.counts
             self.page.show(self.found)
-            if isinstance(self.page, ReviewPage):
-                self.foresee(self.found, dict(self.counts), self.edits)
+            if review := self.review:
+                review.foresee(self.found, dict(self.counts))
 
     def show_found(self, found: Checked) -> None:
-        page = self.page
         self.look_closer()
-        page.counts = self.counts
-        page.show(found)
-        if isinstance(page, ReviewPage):
-            self.judgement = self.foreseen = None
-            page.command(command_line(self.draft, self.runs_flag))
-            if self.found_at != self.edits:
-                page.verdict(Content.styled("○ working it out …", "$foreground-muted"))
-            elif found.problems:
-                page.verdict(Content("\n").join([problem_words(error) for error in found.problems.values()]))
-            elif not self.starting:
-                page.verdict(Content.styled("○ looking at model and rows …", "$foreground-muted"))
-                self.judge(found)
-                self.foresee(found, dict(self.counts), self.edits)
-
-    @work(thread=True, exclusive=True, group="judge", exit_on_error=False)
-    def judge(self, found: Checked) -> None:
-        """Look at model and rows as the command line does before it starts."""
-        worker = get_current_worker()
-        notices, trouble = [], None
-        try:
-            notices = preflight(found.resolved.plan) if found.resolved else []
-        except FinetuiError as error:
-            trouble = error
-        if not worker.is_cancelled:
-            self.post_message(self.Judged(notices, trouble))
-
-    @work(thread=True, exclusive=True, group="foresee", exit_on_error=False)
-    def foresee(self, found: Checked, counts: dict[str, Count], edits: int) -> None:
-        """Work out what the plan will take, against what this machine has and the runs before."""
-        worker = get_current_worker()
-        if found.resolved is None:
-            return
-        expected = forecast(found.resolved.plan, counts, self.runs_folder, earlier(self.runs_folder))
-        if not worker.is_cancelled:
-            self.post_message(self.Foreseen(expected, edits))
-
-    @on(Foreseen)
-    def foreseen_now(self, event: Foreseen) -> None:
-        if event.edits == self.edits and isinstance(self.page, ReviewPage):
-            self.foreseen = event.forecast
-            self.page.forecast(event.forecast)
-            self.refresh_bindings()
-            self.say_judgement()
-
-    @on(Judged)
-    def judged(self, event: Judged) -> None:
-        self.judgement = event
-        self.say_judgement()
-
-    def say_judgement(self) -> None:
-        """Whether it can start, and the warnings, heaviest first."""
-        if self.starting or self.judgement is None:
-            return
-        if self.judgement.error:
-            self.say_verdict(problem_words(self.judgement.error))
-            return
-        warnings = [*(self.foreseen.warnings if self.foreseen else []), *self.judgement.notices]
-        lines = [Content.styled(f"! {clean(warning, 400)}", "$text-warning") for warning in warnings]
-        ready = Content.assemble(("✔ ready", "bold $text-success"), "  Enter starts it; it goes on when you leave.")
-        self.say_verdict(Content("\n").join([ready, *lines]))
-        if self.plan:
-            self.have_trainer_wait(self.plan)
-
-    @work(thread=True, exclusive=True, group="ready", exit_on_error=False)
-    def have_trainer_wait(self, plan: Plan) -> None:
-        """Let a trainer import what it needs while the review is read."""
-        worker = get_current_worker()
-        Event().wait(READ_S)
-        if not worker.is_cancelled and not self.starting:
-            self.standby.prepare(plan)
-
-    def say_verdict(self, words: Content) -> None:
-        if isinstance(self.page, ReviewPage):
-            self.page.verdict(words)
+        self.page.counts = self.counts
+        self.page.show(found)
+        if review := self.review:
+            review.command(command_line(self.draft, self.runs_flag))
+            if self.found_at == self.edits:
+                review.look(found)
+            else:
+                review.verdict(Content.styled("○ working it out …", "$foreground-muted"))
 
     # --- rows ---
 
@@ -348,7 +287,7 @@ class WizardScreen(Room[Run | None]):
             self.room.forget(event.stage)
 
     @on(LookSaid)
-    def look_said(self, event: LookSaid) -> None:
+    async def look_said(self, event: LookSaid) -> None:
         if event.stage == LEDGER_SLOT:
             self.ledger_saved(event.said, event.said.get("saved", ""))
             return
@@ -356,12 +295,15 @@ class WizardScreen(Room[Run | None]):
         self.report_rows()
         if known:
             self.show_counts()
+        if self.next_wanted:
+            await self.go_on()
 
     def report_rows(self) -> None:
         """Put what is known of the rows under their lines."""
         if isinstance(self.page, DataPage):
             for stage in self.draft.stages:
                 self.page.report(stage, self.inspection.words.get(stage, Content("")))
+            self.page.troubles = self.inspection.troubles
 
     @on(DataRoom.Wanted)
     def look_closer(self) -> None:
@@ -451,7 +393,9 @@ class WizardScreen(Room[Run | None]):
         try:
             found = checked(self.draft.model_copy(deep=True))
             if found.problems or found.resolved is None:
-                raise next(iter(found.problems.values()))
+                path, problem = next(iter(found.problems.items()))
+                problem.about = problem.about or path
+                raise problem
             preflight(found.resolved.plan)
             run = create_run(self.runs_folder, found.resolved)
             runner.start(run, ready=self.standby.take())
@@ -465,7 +409,8 @@ class WizardScreen(Room[Run | None]):
     @on(Room.Refused)
     def refused(self, event: Room.Refused) -> None:
         self.starting = False
-        self.say_verdict(problem_words(event.error))
+        if review := self.review:
+            review.refuse(event.error)
 
     @on(Started)
     def started(self, event: Started) -> None:
