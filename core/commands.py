@@ -19,7 +19,7 @@ from core.errors import FinetuiError
 from core.flags import settings_of
 from core.heldout import NO_PROMPTS, NO_PROMPTS_ADVICE, held_out, prompts_of
 from core.hub import refuse_name
-from core.paths import configs_dir, runs_dir
+from core.paths import configs_dir, runs_dir, scratch
 from core.plan import DataPlan, Plan, StagePlan
 from core.runs import Run, create_run, delete_run, find_run, list_runs, request_stop, status, summary
 from core.sources import model_folder, model_source
@@ -164,13 +164,11 @@ def _refuse_hopeless_limit(name: str, stage: StagePlan, rows: Iterable[Conversat
 
 def look(plan: Resolved, how: str) -> dict[str, Any]:
     """What a child finds that tokenises the plan's rows, and with ``load`` loads its model. Raises FinetuiError."""
-    import tempfile
-
     from core.config import save_plan
 
-    with tempfile.TemporaryDirectory(prefix="finetui-") as folder:
-        save_plan(plan, Path(folder) / "plan.yaml")
-        command = [sys.executable, "-P", "-m", "core.train_dry", folder, how]
+    with scratch() as folder:
+        save_plan(plan, folder / "plan.yaml")
+        command = [sys.executable, "-P", "-m", "core.train_dry", str(folder), how]
         environment = {**CHILD_ENV, **os.environ, **stage_environment(plan.plan)}
         if how == "data":
             environment["FINETUI_BACKEND"] = "trl"  # rows are tokenised without Unsloth, which takes half a minute

@@ -12,12 +12,12 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import IO, Any
 
 from core.children import CHILD_ENV, stage_environment
 from core.config import Resolved, save_plan
 from core.errors import FinetuiError
+from core.paths import scratch
 from core.plan import Plan
 
 Reply = dict[str, Any]
@@ -243,13 +243,13 @@ class DryRun:
 
     def text(self, plan: Resolved) -> list[str]:
         """Its lines; waits for the child. Raises FinetuiError with what the dry run found wrong."""
-        with tempfile.TemporaryDirectory(prefix="finetui-") as folder:
-            save_plan(plan, Path(folder) / "plan.yaml")
+        with scratch() as folder:
+            save_plan(plan, folder / "plan.yaml")
             with self._lock:
                 if self._ended:
                     return []
                 self._child = subprocess.Popen(
-                    [sys.executable, "-P", "-m", "core.train_dry", folder, "data"], cwd=folder, text=True,
+                    [sys.executable, "-P", "-m", "core.train_dry", str(folder), "data"], cwd=folder, text=True,
                     stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
                     errors="replace", env={**CHILD_ENV, **os.environ, **stage_environment(plan.plan)},
                 )  # fmt: skip
