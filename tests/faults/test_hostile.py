@@ -19,11 +19,12 @@ from hypothesis import strategies as st
 from pilots import CONTROLS
 from rich.console import Console
 
-from core import runner
+from core import gguf_tools, runner
 from core.cli import main
 from core.config import read_yaml
 from core.errors import FinetuiError
 from core.events import RunState
+from core.notes import Note, write_note
 from core.plan import Plan
 from core.runs import Run, delete_run, find_run, list_runs, summary, take_lock
 from core.sources import model_source
@@ -322,6 +323,22 @@ def test_no_token_is_in_any_file_process_list_or_crash_report_of_a_run(
     searched = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(searched) > 8
     assert [path for path in searched if holds_token(path.read_bytes().decode("latin-1"))] == []
+
+
+def test_passwords_in_addresses_and_tokens_in_a_note_are_written_nowhere(
+    named: MakeNamed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proxy, token = "http://alice:S3cretPass@proxy.example:3128", "sk-proj-FAKEfakeFAKEfakeFAKE"
+    run = named(note=f"made with {token} through {proxy}")
+    run.events.append("error", message=f"ProxyError: {proxy} refused; ftp://:S3cretPass@x; see https://x.example/a:b@c")
+    write_note(run.path, Note(f"{token} {proxy}"))
+    written = "".join(path.read_text() for path in run.path.iterdir())
+    assert "S3cretPass" not in written and token not in written
+    assert "http://‹secret›@proxy.example:3128" in written and "https://x.example/a:b@c" in written
+    for name, value in {**TOKENS, "HTTPS_PROXY": proxy, "FINETUI_ON_END": "curl x", "OPENAI_API_KEY": token}.items():
+        monkeypatch.setenv(name, value)
+    bare = gguf_tools.environment(Path("tools"))
+    assert bare["PATH"] and not {*TOKENS, "HTTPS_PROXY", "FINETUI_ON_END", "OPENAI_API_KEY"} & bare.keys()
 
 
 def test_a_run_and_all_in_it_are_for_its_owner_alone(named: MakeNamed) -> None:
