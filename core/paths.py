@@ -24,6 +24,11 @@ TORN = ".tmp"
 """How the name of a temporary file or folder ends: ``.NAME.PID.RANDOM.tmp`` beside NAME."""
 
 
+def expanded(path: str | Path) -> Path:
+    """The path with a ~ at its head as a home; one that nobody has stays as it was written."""
+    return Path(os.path.expanduser(path))
+
+
 def configs_dir() -> Path:
     """The folder of the shipped presets: ``configs/`` of the checkout, or its copy inside an installed wheel."""
     here = Path(__file__).resolve().parent
@@ -31,17 +36,22 @@ def configs_dir() -> Path:
 
 
 def cache_dir() -> Path:
-    """Where converted models and the demo's data are kept: ``FINETUI_CACHE``, else ``~/.cache/finetui``."""
+    """Where converted models and the demo's data are kept: ``FINETUI_CACHE``, else ``~/.cache/finetui``.
+
+    Raises FinetuiError for a user without a home."""
     chosen = os.environ.get("FINETUI_CACHE")
     if chosen:
-        return Path(chosen).expanduser()
+        return expanded(chosen)
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "finetui"
+    folder = expanded(base) / "finetui"
+    if folder.parts[0].startswith("~"):
+        raise FinetuiError("This user has no home folder.", "Set HOME, or FINETUI_CACHE to a folder for the cache.")
+    return folder
 
 
 def runs_dir(chosen: str | Path | None = None) -> Path:
     """The folder of runs: the argument, else ``FINETUI_RUNS``, else ``runs`` where the user stands. Absolute."""
-    return Path(chosen or os.environ.get("FINETUI_RUNS") or "runs").expanduser().absolute()
+    return expanded(chosen or os.environ.get("FINETUI_RUNS") or "runs").absolute()
 
 
 def open_regular(path: Path) -> IO[bytes]:

@@ -25,6 +25,7 @@ from core.config import read_yaml
 from core.errors import FinetuiError
 from core.events import RunState
 from core.notes import Note, write_note
+from core.paths import cache_dir
 from core.plan import Plan
 from core.runs import Run, delete_run, find_run, list_runs, summary, take_lock
 from core.sources import model_source
@@ -97,6 +98,16 @@ def test_no_argument_of_the_command_line_comes_back_as_a_control(text: str, caps
             code = int(ended.code or 0)
         said = capsys.readouterr()
         assert code in (0, 2) and not CONTROLS.findall((said.out + said.err).replace("\n", ""))
+
+
+def test_a_home_that_nobody_has_is_part_of_a_name(refused: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "~nobody-here/rows.jsonl" in refused("check", "~nobody-here/rows.jsonl", "--method", "sft")
+    refused("sft", "--model-name", "~nobody-here/model", "--local-file", "~nobody-here/x")
+    for name in ("HOME", "FINETUI_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+    with pytest.raises(FinetuiError, match="has no home folder"):
+        cache_dir()
 
 
 # --- paths ---
