@@ -176,9 +176,11 @@ def writing_whole(path: Path, mode: str = "w") -> Iterator[IO]:
         with replacing(path, mode) as stream:
             yield stream
     except OSError as error:
-        raise FinetuiError(
-            f"{path} cannot be written: {error.strerror or error}.", "Free some space or choose another folder."
-        ) from error
+        advice = "Free some space or choose another folder."
+        with contextlib.suppress(FinetuiError):
+            if path.is_relative_to(cache_dir()):
+                advice = "Free some space, or move the cache with FINETUI_CACHE."
+        raise FinetuiError(f"{path} cannot be written: {error.strerror or error}.", advice) from error
 
 
 def nearest(folder: Path) -> Path:
