@@ -10,6 +10,7 @@ from core.config import Resolved, resolve
 from core.errors import FinetuiError
 from core.fit import cut_adapter
 from core.memory import CONTEXT, GIB, LEFT_FREE
+from core.paths import expanded
 from core.plan import Plan, StagePlan
 
 
@@ -40,14 +41,14 @@ def make_plan(
     sections: list[Any] = [found.plan.stage(stage).data for stage in found.plan.training_stages]
     for section in [*sections, found.plan.evaluate, found.plan.samples]:
         if section.file:
-            section.file = str(Path(section.file).expanduser().absolute())
+            section.file = str(expanded(section.file).absolute())
         if getattr(section, "files", None):
-            section.files = {str(Path(name).expanduser().absolute()): value for name, value in section.files.items()}
+            section.files = {str(expanded(name).absolute()): value for name, value in section.files.items()}
     base = found.plan.export.base
-    if base and Path(base).expanduser().is_dir():
-        found.plan.export.base = str(Path(base).expanduser().absolute())
+    if base and expanded(base).is_dir():
+        found.plan.export.base = str(expanded(base).absolute())
     if found.plan.evaluate.tools:
-        found.plan.evaluate.tools = str(Path(found.plan.evaluate.tools).expanduser().absolute())
+        found.plan.evaluate.tools = str(expanded(found.plan.evaluate.tools).absolute())
     return settle(found, card)
 
 

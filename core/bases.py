@@ -12,6 +12,7 @@ from typing import Any
 from core.config import size_presets
 from core.errors import FinetuiError
 from core.hub import HUB_ADVICE, hub_reason, hub_token
+from core.paths import expanded
 from core.plan import Plan
 from core.sources import DEMO_MODEL, Notify, model_source, read_json
 
@@ -93,7 +94,7 @@ def known_16bit(name: str) -> str | None:
 
 
 def _named(place: str) -> str:
-    folder = Path(place).expanduser()
+    folder = expanded(place)
     if folder.is_dir():
         how = _quantisation(str(folder))
         if how:

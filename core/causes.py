@@ -145,8 +145,8 @@ def cause_of_signal(name: str, kernel: bool, stage: str) -> Cause:
     """Why a trainer was ended by this signal; `kernel` says that the machine's memory had run out."""
     if name == "SIGKILL" and kernel:
         return Cause(
-            "kernel-killed", "the kernel ended it: the machine's memory ran out",
-            "Linux ends the largest process when RAM is exhausted.",
+            "kernel-killed", "the kernel ended it: memory ran out",
+            "Linux ends the largest process when RAM is exhausted, or the limit of a container or of WSL2.",
             "Fewer rows at once need less; close what else needs memory.",
         )  # fmt: skip
     if name == "SIGKILL":

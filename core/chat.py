@@ -10,13 +10,13 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from core.data import Conversation
 from core.data_limits import TOO_LONG, UNTRAINED, Limits, over_limit
 from core.data_rows import TEXT_ROLE
 from core.errors import FinetuiError
+from core.paths import expanded
 
 # Templates of families whose base models carry none; chosen by config.json's model_type and vocabulary size.
 _INST = (
@@ -353,7 +353,7 @@ def set_template(tokenizer: Any, choice: str, config: dict[str, Any]) -> str:
     """
     if choice != "auto":
         try:
-            tokenizer.chat_template = Path(choice).expanduser().read_text(encoding="utf-8")
+            tokenizer.chat_template = expanded(choice).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise FinetuiError(f"The chat template {choice} cannot be read.", "Give a Jinja file in UTF-8.") from error
         return f"file {choice}"

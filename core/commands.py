@@ -19,7 +19,7 @@ from core.errors import FinetuiError, about
 from core.flags import settings_of
 from core.heldout import NO_PROMPTS, NO_PROMPTS_ADVICE, held_out, prompts_of
 from core.hub import refuse_name
-from core.paths import configs_dir, runs_dir
+from core.paths import configs_dir, expanded, runs_dir, scratch
 from core.plan import DataPlan, Plan, StagePlan
 from core.runs import Run, create_run, delete_run, find_run, list_runs, request_stop, status, summary
 from core.sources import is_untuned, model_folder, model_source
@@ -40,7 +40,7 @@ def resolved(arguments: argparse.Namespace, method: str, *, demo: bool = False, 
     config = arguments.config or (configs_dir() / "demo.yaml" if demo else None)
     settings = settings_of(arguments, method)
     if arguments.output_dir:
-        target = arguments.output_dir.expanduser().absolute()
+        target = expanded(arguments.output_dir).absolute()
         arguments.runs_dir = target.parent
         settings["name"] = (target.name, "flag --output-dir")
     return make_plan(method, config, settings, card=card)
@@ -51,7 +51,7 @@ def train(arguments: argparse.Namespace, method: str, *, demo: bool = False) -> 
     if arguments.resume_from_checkpoint:
         reference = Path(arguments.resume_from_checkpoint)
         stages = (part for part in [reference, *reference.parents] if part.name in ("sft", "kto"))
-        folder = next((part.parent for part in stages), reference).expanduser()
+        folder = expanded(next((part.parent for part in stages), reference))
         if len(folder.parts) > 1:
             arguments.runs_dir = folder.parent
         arguments.run = folder.name
@@ -200,13 +200,11 @@ def _refuse_hopeless_limit(name: str, stage: StagePlan, rows: Iterable[Conversat
 
 def look(plan: Resolved, how: str) -> dict[str, Any]:
     """What a child finds that tokenises the plan's rows, and with ``load`` loads its model. Raises FinetuiError."""
-    import tempfile
-
     from core.config import save_plan
 
-    with tempfile.TemporaryDirectory(prefix="finetui-") as folder:
-        save_plan(plan, Path(folder) / "plan.yaml")
-        command = [sys.executable, "-P", "-m", "core.train_dry", folder, how]
+    with scratch() as folder:
+        save_plan(plan, folder / "plan.yaml")
+        command = [sys.executable, "-P", "-m", "core.train_dry", str(folder), how]
         environment = {**CHILD_ENV, **os.environ, **stage_environment(plan.plan)}
         if how == "data":
             environment["FINETUI_BACKEND"] = "trl"  # rows are tokenised without Unsloth, which takes half a minute
@@ -354,7 +352,7 @@ def show(arguments: argparse.Namespace) -> int:
 def watch(arguments: argparse.Namespace) -> int:
     """``finetui watch [--tui] RUN``; with ``--tui`` also a recorded log, or a run's directory."""
     if arguments.tui:
-        there = Path(arguments.run).expanduser()
+        there = expanded(arguments.run)
         is_log = there.is_file() or (there / "events.jsonl").is_file()
         path = there.absolute() if is_log else _run(arguments).path
         return open_app("--watch", str(path), "--runs-dir", str(runs_dir(arguments.runs_dir)))

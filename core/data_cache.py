@@ -10,14 +10,13 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from core.data_pieces import PIECE_BYTES
 from core.errors import FinetuiError
-from core.paths import cache_dir, writing_whole
+from core.paths import TORN, building_folder, cache_dir, remove_torn, writing_whole
 
 VERSION = 3
 """Part of every key: raise it when rows are read, keyed or tokenised differently."""
@@ -61,19 +60,13 @@ def building(key: str) -> Iterator[Path]:
     """
     root = data_cache()
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(dir=root, prefix=f".{key}."))
+        with building_folder(root / key) as folder:
+            yield folder
+            size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+            with contextlib.suppress(OSError):
+                os.rename(folder, root / key)
     except OSError as error:
         raise _unwritable(root, error) from error
-    try:
-        yield folder
-        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-        with contextlib.suppress(OSError):
-            os.rename(folder, root / key)
-    except OSError as error:
-        raise _unwritable(root, error) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     if size > TIDY_BYTES or key.endswith("0"):  # small entries are many: one in sixteen looks at the others
         tidy(keep=key)
 
@@ -88,6 +81,7 @@ def _unwritable(root: Path, error: OSError) -> CacheUnwritable:
 def tidy(*, keep: str = "", limit: int | None = None) -> None:
     """Remove the entries used longest ago until the rest is below the limit (bytes), and what was left half built."""
     limit = MAX_BYTES if limit is None else limit
+    remove_torn(data_cache().glob(f".*{TORN}"))
     found = []
     with contextlib.suppress(OSError):
         for folder in data_cache().iterdir():

@@ -15,7 +15,7 @@ from core.data_mend import Cleaning, Told, check_target, ledger_of
 from core.data_shape import batch_words
 from core.errors import FinetuiError
 from core.flags import mapping_of
-from core.paths import runs_dir
+from core.paths import expanded, runs_dir
 from core.plan import Plan
 from core.sources import is_untuned
 from core.text import clean as cleaned
@@ -48,7 +48,7 @@ def columns_of(arguments: argparse.Namespace) -> dict[str, str]:
 
 def check(arguments: argparse.Namespace) -> int:
     """``finetui check FILE…``"""
-    files = [str(path.expanduser().absolute()) for path in arguments.file]
+    files = [str(expanded(path).absolute()) for path in arguments.file]
     data: dict[str, Any] = {
         "file": files[0], "files": dict.fromkeys(files[1:], 1.0), "columns": columns_of(arguments),
         "include_undesirable": arguments.include_undesirable, "holdout": arguments.split_dataset,
@@ -305,7 +305,7 @@ def show(arguments: argparse.Namespace) -> int:
     """``finetui data show FILE --line N``"""
     from core.lens import ask_once
 
-    file = str(arguments.file.expanduser().absolute())
+    file = str(expanded(arguments.file).absolute())
     data: dict[str, Any] = {"file": file, "columns": columns_of(arguments), "too_long": arguments.too_long}
     if not (arguments.model_size or arguments.model_name):
         arguments.model_size = "135m"

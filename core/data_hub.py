@@ -8,7 +8,6 @@ import contextlib
 import fnmatch
 import os
 import re
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
@@ -20,6 +19,7 @@ import yaml
 from core.data_files import DATA_SUFFIXES, raw_rows
 from core.errors import FinetuiError
 from core.hub import HUB_ADVICE, hub_reason, hub_token
+from core.paths import scratch
 from core.plan import DataPlan
 
 LOOK_BYTES = 512 << 10
@@ -168,8 +168,8 @@ def _parquet_head(stream: Any, count: int) -> list[Any]:
 def _head_rows(head: bytes, whole: bool, name: str, count: int) -> list[Any]:
     """The rows that the beginning of a file holds whole."""
     found: list[Any] = []
-    with tempfile.TemporaryDirectory(prefix="finetui-") as folder:
-        path = Path(folder) / f"head{Path(name).suffix}"
+    with scratch() as folder:
+        path = folder / f"head{Path(name).suffix}"
         path.write_bytes(head if whole else head[: head.rfind(b"\n") + 1] or head)
         with contextlib.suppress(FinetuiError):  # where the beginning ends is no defect of the file
             found.extend(row for _, row in islice(raw_rows(path), count))

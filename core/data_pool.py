@@ -18,6 +18,7 @@ from typing import IO, Any
 import msgspec
 
 from core.errors import FinetuiError
+from core.secrets import without_secrets
 
 _pack, _unpack = msgspec.msgpack.Encoder().encode, msgspec.msgpack.Decoder().decode
 AHEAD = 2
@@ -54,6 +55,7 @@ class Workers:
             subprocess.Popen(
                 [sys.executable, "-P", "-m", "core.data_worker"],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, cwd=tempfile.gettempdir(),
+                env=without_secrets(),
             )
             for _ in range(count)
         ]  # fmt: skip

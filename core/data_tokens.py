@@ -7,7 +7,6 @@ says all that the tokens follow from: the files' content and mapping, which conv
 import contextlib
 import hashlib
 import json
-import os
 import pickle
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from core.data_ledger import Fitting, Ledger
 from core.data_limits import Lengths, Limits, over_limit
 from core.data_reader import Rows
 from core.errors import FinetuiError
+from core.secrets import without_secrets
 
 if TYPE_CHECKING:
     import numpy
@@ -260,7 +260,7 @@ def _make_in_children(job: bytes, folder: Path, step: Step | None, count: int) -
     with tempfile.TemporaryFile() as errors:
         child = subprocess.Popen(
             [sys.executable, "-P", "-m", "core.train_tokens", str(folder)], stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, stderr=errors, cwd=tempfile.gettempdir(), env={**CHILD_ENV, **os.environ},
+            stdout=subprocess.PIPE, stderr=errors, cwd=tempfile.gettempdir(), env={**CHILD_ENV, **without_secrets()},
         )  # fmt: skip
         try:
             assert child.stdin and child.stdout

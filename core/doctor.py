@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
@@ -26,7 +25,7 @@ from rich.text import Text
 
 from core import gguf_tools, smollm
 from core.gpu import GpuReport, gpu_report, in_wsl
-from core.paths import cache_dir, nearest, runs_dir
+from core.paths import cache_dir, nearest, runs_dir, scratch
 
 Status = Literal["ok", "note", "warn", "fail"]
 COLOUR: dict[Status, str] = {"ok": "green", "note": "cyan", "warn": "yellow", "fail": "bold red"}
@@ -350,7 +349,7 @@ print(f"torch and trl start in {time.time() - started:.0f} s and compute on {pla
 
 def _deep(report: GpuReport) -> Iterator[Check]:
     """Import what a run imports and multiply two matrices, in a child that starts in an empty folder."""
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch() as folder:
         command = [sys.executable, "-P", "-c", DEEP, *(package for package in GPU_EXTRA if _version(package))]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=DEEP_TIMEOUT_S)
     lines = (done.stderr if done.returncode else done.stdout).strip().splitlines() or [f"exit {done.returncode}"]

@@ -7,6 +7,7 @@ from core import runner
 from core.errors import FinetuiError
 from core.evaluation import HELD_OUT, ask, evaluation_path, name_of, options_of
 from core.heldout import held_out
+from core.paths import expanded
 from core.plan import EvaluatePlan, Plan
 from core.runs import Run, is_alive
 from core.tools import read_tools
@@ -33,7 +34,7 @@ def checked(run: Run, plan: Plan, values: dict[str, Any]) -> tuple[str, Evaluate
     variants_of(run, plan)
     for key in ("file", "tools"):
         if values.get(key):
-            values[key] = str(Path(values[key]).expanduser().absolute())
+            values[key] = str(expanded(values[key]).absolute())
     try:
         options = EvaluatePlan.model_validate({**plan.evaluate.model_dump(), **values})
     except ValidationError as error:

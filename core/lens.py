@@ -12,13 +12,14 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import IO, Any
 
 from core.children import CHILD_ENV, stage_environment
 from core.config import Resolved, save_plan
 from core.errors import FinetuiError
+from core.paths import scratch
 from core.plan import Plan
+from core.secrets import without_secrets
 
 Reply = dict[str, Any]
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
@@ -110,7 +111,7 @@ class Lens:
                 self._child = subprocess.Popen(
                     [sys.executable, "-P", "-m", "core.train_lens"],
                     stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
-                    cwd=tempfile.gettempdir(), env={**CHILD_ENV, **os.environ, **OFFLINE},
+                    cwd=tempfile.gettempdir(), env={**CHILD_ENV, **without_secrets(), **OFFLINE},
                 )  # fmt: skip
             return self._child
 
@@ -243,13 +244,13 @@ class DryRun:
 
     def text(self, plan: Resolved) -> list[str]:
         """Its lines; waits for the child. Raises FinetuiError with what the dry run found wrong."""
-        with tempfile.TemporaryDirectory(prefix="finetui-") as folder:
-            save_plan(plan, Path(folder) / "plan.yaml")
+        with scratch() as folder:
+            save_plan(plan, folder / "plan.yaml")
             with self._lock:
                 if self._ended:
                     return []
                 self._child = subprocess.Popen(
-                    [sys.executable, "-P", "-m", "core.train_dry", folder, "data"], cwd=folder, text=True,
+                    [sys.executable, "-P", "-m", "core.train_dry", str(folder), "data"], cwd=folder, text=True,
                     stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
                     errors="replace", env={**CHILD_ENV, **os.environ, **stage_environment(plan.plan)},
                 )  # fmt: skip

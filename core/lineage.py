@@ -14,6 +14,7 @@ from core import __version__, gpu
 from core.artefacts import Trained
 from core.bases import public_name
 from core.errors import FinetuiError
+from core.paths import expanded
 from core.plan import KTOPlan, Plan, StagePlan
 from core.prepare import kto_weights
 from core.sources import data_files
@@ -66,7 +67,7 @@ def trained_on(plan: Plan) -> str:
     """The model that was trained, as it may be named in public."""
     name = plan.model.name
     if not name.startswith("run:"):
-        return public_name(plan, str(Path(name).expanduser().absolute()) if Path(name).expanduser().is_dir() else name)
+        return public_name(plan, str(expanded(name).absolute()) if expanded(name).is_dir() else name)
     from core.sources import model_source
 
     try:

@@ -5,10 +5,11 @@ its two ends.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from core.paths import writing_whole
+from core.secrets import redact
 
 MAX_NOTE = 500
 
@@ -37,7 +38,7 @@ def read_note(folder: Path) -> Note | None:
 def write_note(folder: Path, note: Note) -> None:
     """Keep a note with the run. Raises FinetuiError."""
     with writing_whole(note_path(folder)) as stream:
-        json.dump(asdict(note), stream)
+        json.dump(asdict(replace(note, text=redact(note.text))), stream)
 
 
 def note_mark(folder: Path) -> tuple[int, int]:

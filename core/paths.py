@@ -2,7 +2,9 @@
 
 import contextlib
 import errno
+import glob
 import os
+import shutil
 import stat
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -13,8 +15,18 @@ import psutil
 
 from core.errors import FinetuiError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 TORN = ".tmp"
-"""How the name of a temporary file ends: ``.NAME.PID.RANDOM.tmp`` beside NAME."""
+"""How the name of a temporary file or folder ends: ``.NAME.PID.RANDOM.tmp`` beside NAME."""
+
+
+def expanded(path: str | Path) -> Path:
+    """The path with a ~ at its head as a home; one that nobody has stays as it was written."""
+    return Path(os.path.expanduser(path))
 
 
 def configs_dir() -> Path:
@@ -24,17 +36,22 @@ def configs_dir() -> Path:
 
 
 def cache_dir() -> Path:
-    """Where converted models and the demo's data are kept: ``FINETUI_CACHE``, else ``~/.cache/finetui``."""
+    """Where converted models and the demo's data are kept: ``FINETUI_CACHE``, else ``~/.cache/finetui``.
+
+    Raises FinetuiError for a user without a home."""
     chosen = os.environ.get("FINETUI_CACHE")
     if chosen:
-        return Path(chosen).expanduser()
+        return expanded(chosen)
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "finetui"
+    folder = expanded(base) / "finetui"
+    if folder.parts[0].startswith("~"):
+        raise FinetuiError("This user has no home folder.", "Set HOME, or FINETUI_CACHE to a folder for the cache.")
+    return folder
 
 
 def runs_dir(chosen: str | Path | None = None) -> Path:
     """The folder of runs: the argument, else ``FINETUI_RUNS``, else ``runs`` where the user stands. Absolute."""
-    return Path(chosen or os.environ.get("FINETUI_RUNS") or "runs").expanduser().absolute()
+    return expanded(chosen or os.environ.get("FINETUI_RUNS") or "runs").absolute()
 
 
 def open_regular(path: Path) -> IO[bytes]:
@@ -50,44 +67,120 @@ def open_regular(path: Path) -> IO[bytes]:
     return stream
 
 
-def temporary_beside(path: Path) -> tuple[int, str]:
-    """A new file beside `path` that names this process as its writer: its handle and its name. Raises OSError."""
-    return tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.{os.getpid()}.", suffix=TORN)
+def _is_torn(path: Path) -> bool:
+    """Whether the writer of a temporary file or folder is dead. One that this process cannot see, in another container
+    that shares the disk, still holds its lock."""
+    writer = path.name.removesuffix(TORN).split(".")[-2]
+    if not writer.isdecimal() or psutil.pid_exists(int(writer)):
+        return False
+    if fcntl is None:
+        return True
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+
+
+def _mark_as_written(handle: int) -> None:
+    if fcntl is not None:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def remove_torn(found: Iterable[Path]) -> None:
-    """Remove what dead writers left among these temporary files; one that is being written stays."""
+    """Remove what dead writers left among these temporary files and folders; what is being written stays."""
     for path in found:
-        writer = path.name.removesuffix(TORN).split(".")[-2]
-        if writer.isdecimal() and not psutil.pid_exists(int(writer)):
-            with contextlib.suppress(OSError):
-                path.unlink()
+        if _is_torn(path):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+
+
+def torn_beside(path: Path) -> Iterator[Path]:
+    """The temporary files of `path`, of dead writers and living ones."""
+    return path.parent.glob(f".{glob.escape(path.name)}.*{TORN}")
+
+
+@contextlib.contextmanager
+def replacing(path: Path, mode: str = "w", *, sync: bool = True) -> Iterator[IO]:
+    """Open a temporary file beside `path` and rename it over `path` when the block ends without an exception.
+
+    What killed writers of the same file left goes. Without `sync` the file outlives this process, but perhaps not a
+    power cut: waiting for the disk could hold the keyboard up for seconds while a trainer writes a checkpoint.
+    Raises OSError; the old content, if any, stays.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_torn(torn_beside(path))
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.{os.getpid()}.", suffix=TORN)
+    try:
+        with os.fdopen(handle, mode, encoding=None if "b" in mode else "utf-8") as stream:
+            _mark_as_written(handle)
+            yield stream
+            stream.flush()
+            if sync:
+                os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+@contextlib.contextmanager
+def building_folder(path: Path) -> Iterator[Path]:
+    """An empty folder beside `path`, to be filled and renamed; it is gone when the block ends, and what killed
+    builders of the same left goes before it begins. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_torn(torn_beside(path))
+    folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.{os.getpid()}.", suffix=TORN))
+    handle = os.open(folder, os.O_RDONLY) if fcntl is not None else -1
+    try:
+        if handle >= 0:
+            _mark_as_written(handle)
+        yield folder
+    finally:
+        if handle >= 0:
+            os.close(handle)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def scratch() -> Iterator[Path]:
+    """An empty folder among the system's temporary ones for as long as the block lasts. Raises FinetuiError."""
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = stack.enter_context(building_folder(Path(tempfile.gettempdir()) / "finetui"))
+        except OSError as error:
+            raise FinetuiError(
+                f"No temporary folder can be made: {error.strerror or error}.", "Set TMPDIR to a folder with some room."
+            ) from error
+        yield folder
 
 
 @contextlib.contextmanager
 def writing_whole(path: Path, mode: str = "w") -> Iterator[IO]:
-    """Open a temporary file beside `path` and rename it over `path` when the block ends without an exception.
+    """As `replacing`, for what shall outlast a power cut.
 
     Raises FinetuiError (disk full, read-only folder) naming the file; the old content, if any, stays.
     """
-    temporary: str | None = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = temporary_beside(path)
-        with os.fdopen(handle, mode, encoding=None if "b" in mode else "utf-8") as stream:
+        with replacing(path, mode) as stream:
             yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-        temporary = None
     except OSError as error:
-        raise FinetuiError(
-            f"{path} cannot be written: {error.strerror or error}.", "Free some space or choose another folder."
-        ) from error
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
+        advice = "Free some space or choose another folder."
+        with contextlib.suppress(FinetuiError):
+            if path.is_relative_to(cache_dir()):
+                advice = "Free some space, or move the cache with FINETUI_CACHE."
+        raise FinetuiError(f"{path} cannot be written: {error.strerror or error}.", advice) from error
 
 
 def nearest(folder: Path) -> Path:

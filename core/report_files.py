@@ -8,6 +8,7 @@ from core.errors import FinetuiError
 from core.paths import writing_whole
 from core.report import RunReport, gather
 from core.runs import Run
+from core.secrets import redact
 
 if TYPE_CHECKING:
     from core.compare import Side
@@ -34,7 +35,7 @@ def write_comparison(sides: "Sequence[Side]", path: Path, *, rows: bool = True) 
         raise FinetuiError(f"{path.name} is no HTML.", "Give a name that ends in .html.")
     text = compared_as_html(sides, rows=rows)
     with writing_whole(path) as stream:
-        stream.write(text)
+        stream.write(redact(text))
     return path
 
 
@@ -44,5 +45,5 @@ def _write(report: RunReport, path: Path) -> Path:
 
     text = as_markdown(report) if path.suffix.lower() == ".md" else as_html(report)
     with writing_whole(path) as stream:
-        stream.write(text)
+        stream.write(redact(text))
     return path

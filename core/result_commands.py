@@ -13,7 +13,7 @@ from core.evaluation_report import remarks
 from core.evaluation_start import checked, start
 from core.events import EventTail, RunState
 from core.flags import EVAL_FLAGS
-from core.paths import runs_dir
+from core.paths import expanded, runs_dir
 from core.runs import Run, find_run, is_alive
 from core.text import clean
 from core.variants import variants_of
@@ -118,7 +118,7 @@ def compare(arguments: argparse.Namespace) -> int:
         for sentence in change_rows(sides):
             _say(sentence)
     if arguments.output:
-        path = write_comparison(sides, arguments.output.expanduser().absolute(), rows=not arguments.no_rows)
+        path = write_comparison(sides, expanded(arguments.output).absolute(), rows=not arguments.no_rows)
         if not arguments.json:
             _say(f"Page: {path}")
     return 0
@@ -139,7 +139,7 @@ def report(arguments: argparse.Namespace) -> int:
 
     run = find_run(runs_dir(arguments.runs_dir), arguments.run)
     if arguments.output:
-        written = [write_report_file(run, arguments.output.expanduser().absolute(), rows=not arguments.no_rows)]
+        written = [write_report_file(run, expanded(arguments.output).absolute(), rows=not arguments.no_rows)]
     else:
         written = write_reports(run, rows=not arguments.no_rows)
     for path in written:

@@ -25,6 +25,7 @@ from core.errors import FinetuiError
 from core.events import NO_LINK, EventLog, RunState, parse_line, state_of
 from core.notes import Note, read_note
 from core.paths import open_regular, writing_whole
+from core.secrets import redact
 from core.trust import remember_trust
 
 if TYPE_CHECKING:  # a viewer of a thousand runs reads no plan: pydantic is a third of its start
@@ -112,6 +113,7 @@ def create_run(folder: Path, resolved: "Resolved") -> Run:
     from core.config import save_plan
 
     plan = resolved.plan
+    plan.note = redact(plan.note)
     if plan.name is not None and (not NAME.fullmatch(plan.name) or plan.name == "last"):
         raise FinetuiError(
             f"{plan.name[:60]!r} cannot name a run.", "Use letters, digits, '.', '_' and '-', a letter or digit first."

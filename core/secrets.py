@@ -7,15 +7,17 @@ import re
 import sys
 from typing import IO, Any, cast
 
-NAMES = re.compile(r"(?:^|_)(?:TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS)(?:$|_)", re.IGNORECASE)
+NAMES = re.compile(r"(?:^|_)(?:TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS)(?:$|_)|^FINETUI_ON_END$", re.IGNORECASE)
 SHORTEST = 8
+IN_ADDRESS = r"(?<=://)[^\s/:@\"']*:[^\s/@\"']+(?=@)"
+"""User and password of an address, as a proxy, a mirror or a package index may have them."""
 FORMS = r"\bhf_[A-Za-z0-9]{16,}|\bsk-[A-Za-z0-9_-]{20,}|\bgh[pousr]_[A-Za-z0-9]{20,}|\bwandb_v1_[A-Za-z0-9_]{20,}"
 HIDDEN = "‹secret›"
 
 
 @functools.lru_cache(8)
 def _pattern(values: tuple[str, ...]) -> re.Pattern[str]:
-    return re.compile("|".join([*map(re.escape, values), FORMS]))
+    return re.compile("|".join([*map(re.escape, values), FORMS, IN_ADDRESS]))
 
 
 def _values() -> tuple[str, ...]:
@@ -24,8 +26,14 @@ def _values() -> tuple[str, ...]:
     return tuple(sorted(found, key=lambda value: (-len(value), value)))
 
 
+def without_secrets() -> dict[str, str]:
+    """The environment for a child that asks nobody for anything: no token, no key, no password in an address."""
+    telling = _pattern(())
+    return {name: value for name, value in os.environ.items() if not NAMES.search(name) and not telling.search(value)}
+
+
 def redact(text: str) -> str:
-    """`text` without the environment's secrets and what has the form of a well-known token."""
+    """`text` without the environment's secrets, passwords in addresses, and what has the form of a well-known token."""
     return _pattern(_values()).sub(HIDDEN, text)
 
 

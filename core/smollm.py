@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from core.errors import FinetuiError
 from core.hub import hub_status
+from core.paths import expanded
 
 if TYPE_CHECKING:
     import numpy as np
@@ -185,7 +186,7 @@ def _fetch_gguf(work: Path) -> Path:
 def _bundled_uv() -> str | None:
     """The uv beside this interpreter or in its usual place, which set-up scripts do not always put on PATH."""
     name = "uv.exe" if os.name == "nt" else "uv"
-    places = (Path(sys.executable).parent, Path.home() / ".local" / "bin", Path.home() / ".cargo" / "bin")
+    places = (Path(sys.executable).parent, expanded("~") / ".local" / "bin", expanded("~") / ".cargo" / "bin")
     return next((str(place / name) for place in places if (place / name).is_file()), None)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import FinetuiError
-from core.paths import cache_dir, runs_dir
+from core.paths import cache_dir, expanded, runs_dir
 from core.plan import DataPlan, ModelPlan, Plan
 
 DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -44,7 +44,7 @@ def model_source(model: ModelPlan, notify: Notify, *, fetch: bool = True) -> Mod
         return ModelSource(str(demo_model(cache_dir(), notify) if fetch else folder))
     if name.startswith("run:"):
         name = str(_run_output(name.removeprefix("run:")))
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     if folder.is_dir():
         return _folder_source(folder.absolute())
     if name.startswith((".", "/", "~")) or name.count("/") != 1 or not all(name.split("/")):
@@ -132,7 +132,7 @@ def data_sources(data: DataPlan, stage: str, notify: Notify) -> list[tuple[Path,
         wanted = HubRows.of(data)
         return [(path, 1.0) for path in here(wanted) or fetch(wanted, notify)]
     local = {**({data.file: 1.0} if data.file else {}), **data.files}
-    return [(Path(name).expanduser().absolute(), weight) for name, weight in local.items()]
+    return [(expanded(name).absolute(), weight) for name, weight in local.items()]
 
 
 def data_files(data: DataPlan, stage: str, notify: Notify) -> list[Path]:

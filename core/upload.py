@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from core.artefacts import LINEAGE, chosen, merged_folder, read_report, stage_done
 from core.card import model_card, public_lineage
 from core.errors import FinetuiError
-from core.paths import cache_dir
+from core.paths import cache_dir, expanded
 from core.plan import Plan
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ def _refuse_private(name: str, content: Path | bytes, run: "Run") -> None:
     if name.endswith(WEIGHTS) or size_of(content) > LARGEST_TEXT:
         return
     text = content if isinstance(content, bytes) else content.read_bytes()
-    for place in (run.path.parent, cache_dir(), Path.home()):
+    for place in (run.path.parent, cache_dir(), expanded("~")):
         if len(str(place)) > 4 and str(place).encode() in text:
             raise FinetuiError(f"{name} names a place on this machine ({place}).", "Take that out, then upload again.")
 

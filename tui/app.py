@@ -24,7 +24,7 @@ from textual.content import Content
 from textual.screen import Screen
 from textual.widgets import Input
 
-from core.paths import cache_dir, runs_dir
+from core.paths import cache_dir, replacing, runs_dir
 from core.runs import NAME, Run
 from core.watch import GLYPHS
 from tui.dashboard import DashboardScreen
@@ -203,11 +203,9 @@ def kept_settings() -> dict[str, Any]:
 
 def keep_settings(settings: dict[str, Any]) -> None:
     """Keep these; a cache that cannot be written loses no more than a theme."""
-    with contextlib.suppress(OSError):
-        settings_path().parent.mkdir(parents=True, exist_ok=True)
-        fresh = settings_path().with_suffix(f".{os.getpid()}")
-        fresh.write_text(json.dumps({**kept_settings(), **settings}), encoding="utf-8")
-        os.replace(fresh, settings_path())
+    kept = {**kept_settings(), **settings}
+    with contextlib.suppress(OSError), replacing(settings_path(), sync=False) as stream:
+        json.dump(kept, stream)
 
 
 def _leave_a_lost_terminal() -> None:

@@ -18,7 +18,7 @@ from textual.widgets import Input
 from core.data_files import DATA_SUFFIXES
 from core.data_rows import COLUMNS as PARTS
 from core.errors import FinetuiError
-from core.paths import cache_dir, writing_whole
+from core.paths import cache_dir, expanded, writing_whole
 from core.runs import list_runs
 from core.text import clean
 from tui.draft import Draft, RowsDraft
@@ -56,13 +56,13 @@ def paths(text: str, *, folders_only: bool) -> list[str]:
     lead, stem = os.path.split(text)
     typed = text[: len(text) - len(stem)]
     try:
-        with os.scandir(Path(lead or ".").expanduser()) as entries:
+        with os.scandir(expanded(lead or ".")) as entries:
             fitting = sorted(
                 (entry.name, entry.is_dir())
                 for entry in islice(entries, MAX_ENTRIES)
                 if entry.name.startswith(stem) and (stem.startswith(".") or not entry.name.startswith("."))
             )
-    except (OSError, ValueError, RuntimeError):
+    except (OSError, ValueError):
         return []
     return [
         f"{typed}{name}{'/' if folder else ''}"
@@ -79,7 +79,7 @@ def finished_runs(runs_folder: Path, start: str) -> list[str]:
 
 def cached_names(prefix: str) -> list[str]:
     """Hub ids in the Hub's cache, whose folders are called ``models--OWNER--NAME``."""
-    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    home = Path(os.environ.get("HF_HOME") or expanded("~") / ".cache" / "huggingface")
     folder = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
     try:
         found = sorted(name for name in os.listdir(folder) if name.startswith(prefix))
@@ -114,7 +114,7 @@ def remember(draft: Draft) -> None:
     for stage in draft.stages:
         rows = draft.data[stage]
         if rows.kind == "file":
-            used["file"].append(str(Path(rows.file.strip()).expanduser().absolute()))
+            used["file"].append(str(expanded(rows.file.strip()).absolute()))
         elif rows.kind == "hub":
             used["dataset"].append(rows.dataset.strip())
     for kind in KINDS:
@@ -130,7 +130,7 @@ def _write_recent(recent: Mapping[Any, Any]) -> None:
 def source_of(rows: RowsDraft) -> str:
     """What the rows of a draft are called where their columns are remembered; empty for the demo's."""
     if rows.kind == "file" and rows.file.strip():
-        return str(Path(rows.file.strip()).expanduser().absolute())
+        return str(expanded(rows.file.strip()).absolute())
     return rows.dataset.strip() if rows.kind == "hub" else ""
 
 

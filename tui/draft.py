@@ -1,7 +1,6 @@
 """The wizard's draft: everything typed so far, kept on disk, and the plan and the command line it makes. No widgets."""
 
 import json
-import os
 import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from core.backend import gpu_present, settle
 from core.config import OPTIONS, Resolved, flatten, resolve, size_presets
 from core.errors import FinetuiError
 from core.flags import flags_of
-from core.paths import TORN, cache_dir, configs_dir, remove_torn, temporary_beside
+from core.paths import cache_dir, configs_dir, expanded, remove_torn, replacing, torn_beside
 from core.plan import Option, Plan
 from core.sources import model_source
 from core.stages import Method
@@ -145,10 +144,10 @@ def checked(draft: Draft) -> Checked:
     config = configs_dir() / DEMO if draft.is_demo() else None
     for name in ("sft.data.file", "kto.data.file", "samples.file", "evaluate.file", "evaluate.tools"):
         if (given := values.get(name, (None, ""))[0]) is not None:
-            values[name] = (str(Path(given).expanduser().absolute()), SOURCE)
+            values[name] = (str(expanded(given).absolute()), SOURCE)
     for name in ("sft.data.files", "kto.data.files"):
         if isinstance(given := values.get(name, (None, ""))[0], dict):
-            there = {str(Path(str(key)).expanduser().absolute()): weight for key, weight in given.items()}
+            there = {str(expanded(str(key)).absolute()): weight for key, weight in given.items()}
             values[name] = (there, SOURCE)
     while True:
         try:
@@ -228,7 +227,7 @@ def draft_path(name: str = "draft") -> Path:
 
 def load_draft(path: Path) -> Draft | None:
     """The draft at `path`; None where there is none that can be read. What a killed app left beside it goes."""
-    remove_torn(path.parent.glob(f".{path.name}.*{TORN}"))
+    remove_torn(torn_beside(path))
     try:
         return Draft.model_validate_json(path.read_bytes())
     except (OSError, ValueError):
@@ -236,17 +235,9 @@ def load_draft(path: Path) -> Draft | None:
 
 
 def save_draft(draft: Draft, path: Path) -> None:
-    """Write the draft whole. It need only outlive this process: waiting for the disk could hold the keyboard up for
-    seconds while a trainer writes a checkpoint. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = temporary_beside(path)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(draft.model_dump_json(indent=1))
-        os.replace(temporary, path)
-    except OSError:
-        os.unlink(temporary)
-        raise
+    """Write the draft whole. Raises OSError."""
+    with replacing(path, sync=False) as stream:
+        stream.write(draft.model_dump_json(indent=1))
 
 
 def draft_of(plan: Plan) -> Draft:

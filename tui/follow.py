@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from core.events import MAX_LINE, Event, EventTail, RunState, StageState, parse_line
 from core.gpu import GpuSample, gpu_report
 from core.notes import Note, note_mark, read_note
-from core.paths import open_regular
+from core.paths import expanded, open_regular
 from core.runs import Run, is_alive, list_runs, status, summary
 from core.text import clean
 
@@ -51,7 +51,7 @@ class Recording(Run):
 
 def recording(file: Path) -> Run:
     """What lies at `file`: a run's own log is its run, any other is a recording."""
-    file = file.expanduser().absolute()
+    file = expanded(file).absolute()
     if file.is_dir():
         file = file / "events.jsonl"
     if file.name == "events.jsonl" and (file.parent / "plan.yaml").is_file():

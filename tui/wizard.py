@@ -18,6 +18,7 @@ from core.commands import preflight
 from core.config import save_plan
 from core.errors import FinetuiError
 from core.lens import Lens, Reply
+from core.paths import expanded
 from core.plan import Plan
 from core.ready import Standby
 from core.runs import Run, create_run
@@ -377,7 +378,7 @@ class WizardScreen(Room[Run | None]):
         """Have every row of a stage written with its fate."""
         if name and self.plan:
             try:
-                self.inspection.save_ledger(self.plan, stage, Path(name).expanduser().absolute())
+                self.inspection.save_ledger(self.plan, stage, expanded(name).absolute())
             except FinetuiError as error:
                 self.notify(clean(error, 300), severity="error", markup=False)
 
@@ -429,7 +430,7 @@ class WizardScreen(Room[Run | None]):
         found = self.found
         if not name or not found or not found.resolved:
             return
-        path = Path(name).expanduser().absolute()
+        path = expanded(name).absolute()
         try:
             if path.exists():
                 raise FinetuiError(f"{path} exists already.", "Choose another name.")

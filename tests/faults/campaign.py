@@ -1,6 +1,6 @@
 """The campaign against our own promises: real runs whose viewers, trainers and runners are killed at random moments.
 
-    python tests/faults/campaign.py --seed 1 --kills 50 --viewers 20
+    python tests/faults/campaign.py --seed 1 --kills 50 --viewers 20 --stop-seconds 60
 
 Each broken run is resumed until it is done and must end with the losses of the unbroken run of the same plan. Prints a
 table and exits with 1 where a promise was broken. Half a minute for each two kills on two cores.
@@ -8,11 +8,11 @@ table and exits with 1 where a promise was broken. Half a minute for each two ki
 
 import argparse
 import os
-import pty
 import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -24,10 +24,12 @@ sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
 
 import psutil  # noqa: E402
 from harness import Place, end, events, losses, until  # noqa: E402
+from viewers import Viewers  # noqa: E402
 
 from core import runner  # noqa: E402
 from core.checkpoints import MANIFEST  # noqa: E402
 from core.errors import FinetuiError  # noqa: E402
+from core.paths import TORN, cache_dir  # noqa: E402
 from core.postmortem import post_mortem  # noqa: E402
 from core.runs import Run, is_alive, status  # noqa: E402
 
@@ -47,6 +49,7 @@ class Trial:
     target: str
     how: str
     moment: str
+    terminal: str = ""
     wrong: list[str] = field(default_factory=list)
 
 
@@ -211,59 +214,65 @@ class Campaign:
         unbroken = self.unbroken()
         run = self.new_run()
         runner.start(run)
-        living: list[tuple[subprocess.Popen[bytes], int]] = []
         done: list[Trial] = []
-        while len(done) < count and is_alive(run):
-            while len(living) < at_once:
-                living.append(self._viewer(run))
-            time.sleep(self.random.random() * 0.5)
-            viewer, master = living.pop(self.random.randrange(len(living)))
-            done.append(Trial("viewer", self.random.choice(VIEWER_DEATHS), _phase(run)))
-            self._end_viewer(viewer, master, done[-1])
-        for viewer, master in living:
-            self._end_viewer(viewer, master, Trial("viewer", "SIGKILL", ""))
+        with Viewers(self.random) as viewers:
+            while len(done) < count and is_alive(run):
+                while len(viewers.living) < at_once:
+                    viewers.any(run)
+                time.sleep(self.random.random() * 0.5)
+                viewer = viewers.take()
+                trial = Trial(viewer.program, self.random.choice(VIEWER_DEATHS), _phase(run), terminal=viewer.terminal)
+                done.append(trial)
+                if wrong := viewer.end(trial.how):
+                    trial.wrong.append(wrong)
         until(lambda: not is_alive(run), 300)
+        done[-1].wrong += self._undisturbed(run, unbroken)
+        self.trials += done
+
+    def _undisturbed(self, run: Run, unbroken: Run) -> list[str]:
         starts = [event for event in events(run) if event["kind"] == "run_start"]
         wrong = self.compare(run, unbroken) + (["it was started again"] if len(starts) != 1 else [])
         shown = subprocess.run(command("show", run.name, "--runs-dir", str(run.path.parent)),
                                capture_output=True, text=True, check=False)  # fmt: skip
-        if "done" not in shown.stdout:
-            wrong.append("a later viewer does not find it done")
-        done[-1].wrong += wrong
+        return wrong + ([] if "done" in shown.stdout else ["a later viewer does not find it done"])
+
+    def stop_viewers(self, seconds: float) -> None:
+        """Viewers that are stopped while it trains and go on later must show how it is by then."""
+        unbroken = self.unbroken()
+        run = self.new_run()
+        runner.start(run)
+        with Viewers(self.random) as viewers:
+            started = [viewers.start(run, program, read=True, controlling=own)
+                       for program in ("app", "watch") for own in (True, False)]  # fmt: skip
+            until(lambda: run.state().stage("sft").step >= 1 and all(viewer.seen for viewer in started), 300)
+            done = [Trial(viewer.program, f"{seconds:g} s stop", _phase(run), terminal=viewer.terminal)
+                    for viewer in started]  # fmt: skip
+            for viewer in started:
+                viewer.process.send_signal(signal.SIGSTOP)
+            time.sleep(seconds)
+            until(lambda: not is_alive(run), 300)
+            before = [len(viewer.seen) for viewer in started]
+            for viewer in started:
+                viewer.process.send_signal(signal.SIGCONT)
+            for viewer, trial, at in zip(started, done, before, strict=True):
+                try:
+                    until(lambda viewer=viewer, at=at: b"done" in viewer.seen[at:], 30)
+                    if viewer.program == "watch" and viewer.process.wait(30) != 0:
+                        trial.wrong.append("it ended with an error")
+                except (AssertionError, subprocess.TimeoutExpired):
+                    trial.wrong.append("it did not catch up")
+        done[-1].wrong += self._undisturbed(run, unbroken)
         self.trials += done
 
-    def _viewer(self, run: Run) -> tuple[subprocess.Popen[bytes], int]:
-        """The app, or the command, in a terminal of its own."""
-        master, slave = pty.openpty()
-        app = [sys.executable, "-P", "-m", "tui", "--watch", str(run.path)]
-        plain = command("watch", run.name, "--runs-dir", str(run.path.parent))
-        words = app if self.random.random() < 0.3 else plain
-        viewer = subprocess.Popen(words, stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
-                                  env={**os.environ, "TERM": "xterm-256color"})  # fmt: skip
-        os.close(slave)
-        os.set_blocking(master, False)
-        return viewer, master
+    # --- what is left for ever ---
 
-    def _end_viewer(self, viewer: subprocess.Popen[bytes], master: int, trial: Trial) -> None:
-        try:
-            os.read(master, 1 << 20)
-        except OSError:
-            pass
-        if trial.how == "closed pty":
-            os.close(master)
-        elif viewer.poll() is None:
-            os.kill(viewer.pid, signal.Signals[trial.how])
-        if trial.how == "SIGSTOP":
-            time.sleep(1.0)
-            viewer.kill()
-        try:
-            viewer.wait(20)
-        except subprocess.TimeoutExpired:
-            trial.wrong.append("the viewer did not end")
-            viewer.kill()
-            viewer.wait()
-        if trial.how != "closed pty":
-            os.close(master)
+    def litter(self) -> list[str]:
+        """Temporary files of dead writers in the cache and among the system's, once one more run has gone through."""
+        run = self.new_run()
+        runner.start(run)
+        until(lambda: not is_alive(run), 300)
+        places = (cache_dir(), Path(tempfile.gettempdir()))
+        return sorted(str(path) for place in places for path in place.rglob(f".*{TORN}"))
 
 
 def _one_after_the_other(run: Run, before: int) -> bool:
@@ -298,10 +307,13 @@ def _pids_of(run: Run) -> set[int]:
 
 
 def table(trials: list[Trial]) -> str:
-    """What died how and when, how often, and how often a promise was broken."""
-    counts = Counter((trial.target, trial.how, trial.moment) for trial in trials)
-    broken = Counter((trial.target, trial.how, trial.moment) for trial in trials if trial.wrong)
-    lines = [f"{'died':<8} {'by':<11} {'while':<26} {'times':>5} {'broken':>6}"]
+    """What died how and when, viewers in what terminal, how often, and how often a promise was broken."""
+
+    def key(trial: Trial) -> tuple[str, str, str]:
+        return trial.target, trial.how, trial.terminal or trial.moment
+
+    counts, broken = Counter(map(key, trials)), Counter(key(trial) for trial in trials if trial.wrong)
+    lines = [f"{'died':<8} {'by':<11} {'while, or in what terminal':<26} {'times':>5} {'broken':>6}"]
     lines += [f"{a:<8} {b:<11} {c:<26} {counts[a, b, c]:>5} {broken[a, b, c]:>6}" for a, b, c in sorted(counts)]
     return "\n".join([*lines, f"{'in all':<47} {len(trials):>5} {sum(broken.values()):>6}"])
 
@@ -311,15 +323,21 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--kills", type=int, default=50, help="of trainers and runners")
     parser.add_argument("--viewers", type=int, default=20, help="deaths of viewers")
+    parser.add_argument("--stop-seconds", type=float, default=0, help="four viewers are stopped for so long")
     parser.add_argument("--minutes", type=float, default=600, help="stop beginning new runs after so long")
     arguments = parser.parse_args()
     begun = time.monotonic()
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup every viewer would ignore it
     with Place() as place:
+        (place.folder / "tmp").mkdir()
+        os.environ |= {"FINETUI_CACHE": str(place.folder / "cache"), "TMPDIR": str(place.folder / "tmp")}
+        tempfile.tempdir = None
         campaign = Campaign(place, arguments.seed)
-        while (viewed := sum(t.target == "viewer" for t in campaign.trials)) < arguments.viewers:
+        if arguments.stop_seconds:
+            campaign.stop_viewers(arguments.stop_seconds)
+        while (viewed := sum(bool(t.terminal) for t in campaign.trials)) < arguments.viewers:
             campaign.kill_viewers(min(30, arguments.viewers - viewed))
-        while (killed := sum(t.target != "viewer" for t in campaign.trials)) < arguments.kills:
+        while (killed := sum(not t.terminal for t in campaign.trials)) < arguments.kills:
             if time.monotonic() - begun > 60 * arguments.minutes:
                 break
             try:
@@ -330,12 +348,14 @@ def main() -> int:
                 end(run)
             broken = sum(bool(trial.wrong) for trial in campaign.trials)
             print(f"{len(campaign.trials)} deaths, {broken} broken, {time.monotonic() - begun:.0f} s", flush=True)
+        left = campaign.litter()
     print(table(campaign.trials))
     for trial in campaign.trials:
         for words in trial.wrong:
             print(f"! {trial.target} {trial.how} {trial.moment}: {words}")
+    print(*(f"! left behind: {path}" for path in left), sep="\n", end="\n" if left else "")
     print(f"seed {arguments.seed}, {time.monotonic() - begun:.0f} s")
-    return 1 if any(trial.wrong for trial in campaign.trials) else 0
+    return 1 if left or any(trial.wrong for trial in campaign.trials) else 0
 
 
 if __name__ == "__main__":

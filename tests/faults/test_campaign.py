@@ -18,11 +18,12 @@ def test_viewers_that_die_and_a_kill_leave_the_losses_of_an_unbroken_run(tmp_pat
         campaign.kill_viewers(3, at_once=3)
         campaign.break_run(1)
     assert [trial for trial in campaign.trials if trial.wrong] == [], table(campaign.trials)
-    assert {trial.target for trial in campaign.trials} >= {"viewer"} and len(campaign.trials) >= 4
+    assert sum(bool(trial.terminal) for trial in campaign.trials) == 3 and len(campaign.trials) >= 4
 
 
 @pytest.mark.slow
 def test_the_long_campaign_breaks_no_promise() -> None:
-    words = [sys.executable, "-P", str(CAMPAIGN), "--seed", "7", "--kills", "50", "--viewers", "100"]
+    words = [sys.executable, "-P", str(CAMPAIGN), "--seed", "7", "--kills", "50", "--viewers", "100",
+             "--stop-seconds", "60"]  # fmt: skip
     done = subprocess.run(words, capture_output=True, text=True, timeout=7200, check=False)
     assert done.returncode == 0, done.stdout

@@ -19,11 +19,13 @@ from hypothesis import strategies as st
 from pilots import CONTROLS
 from rich.console import Console
 
-from core import runner
+from core import gguf_tools, runner
 from core.cli import main
 from core.config import read_yaml
 from core.errors import FinetuiError
 from core.events import RunState
+from core.notes import Note, write_note
+from core.paths import cache_dir
 from core.plan import Plan
 from core.runs import Run, delete_run, find_run, list_runs, summary, take_lock
 from core.sources import model_source
@@ -96,6 +98,16 @@ def test_no_argument_of_the_command_line_comes_back_as_a_control(text: str, caps
             code = int(ended.code or 0)
         said = capsys.readouterr()
         assert code in (0, 2) and not CONTROLS.findall((said.out + said.err).replace("\n", ""))
+
+
+def test_a_home_that_nobody_has_is_part_of_a_name(refused: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "~nobody-here/rows.jsonl" in refused("check", "~nobody-here/rows.jsonl", "--method", "sft")
+    refused("sft", "--model-name", "~nobody-here/model", "--local-file", "~nobody-here/x")
+    for name in ("HOME", "FINETUI_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+    with pytest.raises(FinetuiError, match="has no home folder"):
+        cache_dir()
 
 
 # --- paths ---
@@ -322,6 +334,22 @@ def test_no_token_is_in_any_file_process_list_or_crash_report_of_a_run(
     searched = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(searched) > 8
     assert [path for path in searched if holds_token(path.read_bytes().decode("latin-1"))] == []
+
+
+def test_passwords_in_addresses_and_tokens_in_a_note_are_written_nowhere(
+    named: MakeNamed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proxy, token = "http://alice:S3cretPass@proxy.example:3128", "sk-proj-FAKEfakeFAKEfakeFAKE"
+    run = named(note=f"made with {token} through {proxy}")
+    run.events.append("error", message=f"ProxyError: {proxy} refused; ftp://:S3cretPass@x; see https://x.example/a:b@c")
+    write_note(run.path, Note(f"{token} {proxy}"))
+    written = "".join(path.read_text() for path in run.path.iterdir())
+    assert "S3cretPass" not in written and token not in written
+    assert "http://‹secret›@proxy.example:3128" in written and "https://x.example/a:b@c" in written
+    for name, value in {**TOKENS, "HTTPS_PROXY": proxy, "FINETUI_ON_END": "curl x", "OPENAI_API_KEY": token}.items():
+        monkeypatch.setenv(name, value)
+    bare = gguf_tools.environment(Path("tools"))
+    assert bare["PATH"] and not {*TOKENS, "HTTPS_PROXY", "FINETUI_ON_END", "OPENAI_API_KEY"} & bare.keys()
 
 
 def test_a_run_and_all_in_it_are_for_its_owner_alone(named: MakeNamed) -> None:

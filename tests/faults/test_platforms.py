@@ -3,6 +3,7 @@
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -59,11 +60,45 @@ def test_without_network_and_cache_it_is_said_in_a_sentence_what_cannot_be_had(
     assert done.returncode == 2 and "somebody/some-" in in_a_sentence(done)
 
 
-def in_pty(*words: str, **environment: str) -> bytes:
+SETPRIV = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=+dac_read_search",
+           "--ambient-caps=+dac_read_search"]  # fmt: skip
+"""Another user, who may read what is root's (Python often lies in a home) and write nothing of it."""
+
+
+@pytest.mark.skipif(not shutil.which("setpriv") or os.geteuid() != 0, reason="only root can become another user")
+def test_an_ordinary_user_with_a_home_that_cannot_be_written_trains_and_looks(
+    tiny_model: Path, rows_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    work, home = tmp_path / "work", tmp_path / "home"
+    for folder, mode in ((work, 0o755), (home, 0o555)):
+        folder.mkdir(mode=mode)
+        os.chown(folder, 65534, 65534)
+    environment = {"PATH": os.environ["PATH"], "HOME": str(home), "PYTHONPATH": str(ROOT), "LANG": "C.UTF-8",
+                   "OMP_NUM_THREADS": "1", "TERM": "xterm-256color"}  # fmt: skip
+    python = [*SETPRIV, sys.executable, "-P", "-m"]
+    plan = ["sft", "--name", "own", "--model-name", str(tiny_model), "--local-file", str(rows_file()), "--max-steps",
+            "3", "--set", "device=cpu"]  # fmt: skip
+    for words in (plan, ["report", "own"]):
+        done = subprocess.run(
+            [*python, "core.cli", *words], capture_output=True, text=True, env=environment, cwd=work, check=False
+        )
+        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stdout + done.stderr
+    run = Run(work / "runs" / "own")
+    assert run.stage_done("sft") and (run.path / "report.html").exists() and list(home.iterdir()) == []
+    assert run.path.stat().st_mode & 0o077 == 0
+    assert {path.stat().st_uid for path in (run.path, *run.path.rglob("*"))} == {65534}
+    shown = [*python, "core.cli", "watch", "own", "--runs-dir", str(run.path.parent)]
+    assert b"done" in in_pty(command=shown, environment=environment)
+
+
+def in_pty(
+    *words: str, command: list[str] | None = None, environment: dict[str, str] | None = None, **more: str
+) -> bytes:
     """What a command writes to a terminal."""
     master, slave = pty.openpty()
-    command = [sys.executable, "-P", "-m", "core.cli", *words]
-    child = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, env={**os.environ, **environment})
+    command = command or [sys.executable, "-P", "-m", "core.cli", *words]
+    environment = environment or {**os.environ, **more}
+    child = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, env=environment)
     os.close(slave)
     seen = b""
     while True:

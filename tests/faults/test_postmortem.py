@@ -1,12 +1,14 @@
 """Every failed run opens on a card that says what happened, on what evidence, why, and what one key does about it."""
 
 import json
+import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import MakeNamed, wait_until
+from conftest import MakeNamed, MakeRun, finish, losses, wait_until
 from hypothesis import given
 from hypothesis import strategies as st
 from pilots import CONTROLS, HOSTILE, shows
@@ -96,6 +98,65 @@ def test_the_words_of_pytorch_driver_and_system_are_understood(kind: str, named:
     assert card.title.startswith("SFT failed at step 45 of 120: ")
     assert all(part in card.what for part in SAID[kind][3])
     assert "of 24.0 GiB at the last look (GPU)" in card.memory_words and card.memory_words[:4] == "▄▆▇█"
+
+
+HUNGRY = """
+import os, pathlib, sys
+if "core.train" in sys.orig_argv:
+    import transformers.trainer as t
+    step, (eaten, group) = t.Trainer.training_step, {places!r}
+    def hungry(self, *a, **k):
+        if self.state.global_step == 7 and not os.path.exists(eaten):
+            pathlib.Path(eaten).touch()
+            pathlib.Path(group, "cgroup.procs").write_text(str(os.getpid()))
+            held = [bytearray(b"x") * (64 << 20) for _ in range(1000)]
+        return step(self, *a, **k)
+    t.Trainer.training_step = hungry
+"""
+LIMITS = {
+    "/sys/fs/cgroup": {"memory.max": str(1200 << 20), "memory.swap.max": "0"},
+    "/sys/fs/cgroup/memory": dict.fromkeys(("memory.limit_in_bytes", "memory.memsw.limit_in_bytes"), str(1200 << 20)),
+}
+
+
+@pytest.fixture
+def small_memory() -> Iterator[Path]:
+    """A control group whose processes may have 1.2 GiB together."""
+    root = next((root for root in LIMITS if Path(root, "cgroup.procs").exists()), "")
+    if not root or not os.access(root, os.W_OK):
+        pytest.skip("no control group can be made here (it takes root)")
+    group = Path(root, f"finetui-test-{os.getpid()}")
+    group.mkdir()
+    try:
+        if not (group / next(iter(LIMITS[root]))).exists():
+            pytest.skip("control groups have no limit of memory here")
+        for name, value in LIMITS[root].items():
+            if (group / name).exists():
+                (group / name).write_text(value)
+        yield group
+    finally:
+        wait_until(lambda: not (group / "cgroup.procs").read_text(), 20)
+        group.rmdir()
+
+
+def test_a_trainer_that_the_kernel_killed_for_lack_of_memory_is_told_so_and_goes_on(
+    small_memory: Path, make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "site").mkdir()
+    places = [str(tmp_path / "eaten"), str(small_memory)]
+    (tmp_path / "site" / "sitecustomize.py").write_text(HUNGRY.replace("{places!r}", repr(places)))
+    root = Path(__file__).resolve().parents[2]
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'site'}{os.pathsep}{root}")
+    run = make_run(sft__max_steps=9, sft__save_steps=3)
+    runner.start(run)
+    assert finish(run) == "failed"
+    card = post_mortem(run, "failed")
+    assert card and card.cause.kind == "kernel-killed" and "The kernel ended 1 process for lack of memory" in card.what
+    assert card.title == "SFT failed at step 7 of 9: the kernel ended it: memory ran out" and card.resumes_at == 6
+    assert card.remedy and "sft.batch_size 4 → 2" in card.remedy.words
+    remedy.apply(run, card.remedy)
+    runner.resume(run)
+    assert finish(run) == "done" and list(losses(run, "sft")) == list(range(1, 10))
 
 
 def test_a_restart_of_the_machine_is_told_from_a_death_without_a_word(named: MakeNamed) -> None:
