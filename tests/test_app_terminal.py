@@ -126,12 +126,12 @@ def test_by_keys_alone_from_the_wizard_through_death_and_stop_to_the_end(
     terminal.press("Enter")
     terminal.shows("num_train_epochs", "5 steps an epoch")
     terminal.press(*["Tab"] * 6)
-    terminal.type("400")
-    terminal.shows("2,000 steps in all")
+    terminal.type("240")
+    terminal.shows("1,200 steps in all")
     terminal.press("Enter")
-    terminal.shows("✔ ready", "2,000 steps of 4", "finetui sft --model-name")
+    terminal.shows("✔ ready", "1,200 steps of 4", "finetui sft --model-name")
     terminal.press("Enter")
-    terminal.shows("● running", "tokens/s", "/2000", limit_s=120)
+    terminal.shows("● running", "tokens/s", "/1200", limit_s=120)
     [run] = list_runs(tmp_path / "runs")
     os.kill(terminal.pid("pane_pid"), signal.SIGKILL)
     wait_until(lambda: not terminal.text)
@@ -143,13 +143,13 @@ def test_by_keys_alone_from_the_wizard_through_death_and_stop_to_the_end(
     terminal.press("y")
     terminal.shows("■ stopped")
     stopped_at = run.state().stage("sft").step
-    assert 0 < stopped_at < 2000 and run.newest_checkpoint("sft")
+    assert 0 < stopped_at < 1200 and run.newest_checkpoint("sft")
     terminal.press("r")
     terminal.shows("● running")
     terminal.press("Enter")
-    terminal.shows("✔ done after", "2000/2000", limit_s=180)
+    terminal.shows("✔ done after", "1200/1200", limit_s=180)
     resumed = run.state().stage("sft").series["loss"]
-    assert [step for step, _ in resumed] == sorted({step for step, _ in resumed}) and resumed[-1][0] == 2000
+    assert [step for step, _ in resumed] == sorted({step for step, _ in resumed}) and resumed[-1][0] == 1200
     terminal.press("q")
     wait_until(lambda: not terminal.text)
 
@@ -175,8 +175,10 @@ def test_foreign_text_reaches_no_control_of_the_terminal(terminal: Terminal, tmp
 
 STUCK = """
 import pathlib, sys, threading
+from tui import app
 from tui.app import FinetuiApp
 
+app.LEAVE_S = 0.5
 mark, mounted = pathlib.Path(sys.argv[1]), FinetuiApp.on_mount
 
 def wait_for_ever():

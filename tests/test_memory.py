@@ -166,7 +166,10 @@ def test_the_presets_needs_grow_with_their_size() -> None:
     assert preset_needs("sft", cards=True)["20b"] < 24
 
 
-def test_fit_says_item_by_item_what_is_needed_and_whether_it_is_there(capsys: pytest.CaptureFixture[str]) -> None:
+def test_fit_says_item_by_item_what_is_needed_and_whether_it_is_there(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # nothing is fetched, wherever this runs
     assert main(["fit", "sft", "--model-size", "7b", "--card", "24"]) == 0
     shown = capsys.readouterr().out
     assert "24.0 of 24.0 GiB free" in shown and "✔ fits" in shown

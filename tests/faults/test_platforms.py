@@ -84,7 +84,7 @@ def test_an_ordinary_user_with_a_home_that_cannot_be_written_trains_and_looks(
         )
         assert done.returncode == 0 and "Traceback" not in done.stderr, done.stdout + done.stderr
     run = Run(work / "runs" / "own")
-    assert run.stage_done("sft") and (run.path / "report.html").exists() and list(home.iterdir()) == []
+    assert run.trained("sft") and (run.path / "report.html").exists() and list(home.iterdir()) == []
     assert run.path.stat().st_mode & 0o077 == 0
     assert {path.stat().st_uid for path in (run.path, *run.path.rglob("*"))} == {65534}
     shown = [*python, "core.cli", "watch", "own", "--runs-dir", str(run.path.parent)]
