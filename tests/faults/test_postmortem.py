@@ -106,7 +106,7 @@ if "core.train" in sys.orig_argv:
     import transformers.trainer as t
     step, group = t.Trainer.training_step, {group!r}
     def hungry(self, *a, **k):
-        if self.state.global_step == 7 :
+        if self.state.global_step == 7:
             pathlib.Path(group, "cgroup.procs").write_text(str(os.getpid()))
             held = [bytearray(b"x") * (64 << 20) for _ in range(1000)]
         return step(self, *a, **k)
