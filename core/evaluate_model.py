@@ -16,7 +16,8 @@ from core.plan import Plan
 from core.runs import Run
 from core.sources import Notify, model_source
 from core.train_fit import out_of_memory
-from core.train_model import load_base, load_tokenizer
+from core.train_model import load_base
+from core.train_tokenizer import load_tokenizer
 from core.variants import Variant, variants_of
 
 SEED = 0

@@ -39,7 +39,7 @@ from core.reporter import Reporter, Stopped
 from core.runs import Run
 from core.sources import ModelSource, model_source
 from core.train_fit import out_of_memory
-from core.train_model import load_tokenizer
+from core.train_tokenizer import load_tokenizer
 
 LEAST_AGREEMENT = 0.9
 """Below it a merged model that was trained on the very weights it is merged into is broken."""

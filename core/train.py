@@ -39,9 +39,10 @@ from core.train_data import kto_dataset, sft_dataset
 from core.train_events import EventCallback, Reporter, Stopped
 from core.train_fit import FitCallback, Refit, cap_memory, out_of_memory
 from core.train_kto import kto_trainer_class, sft_trainer_class
-from core.train_model import Loaded, adapter_kept, load_adapter_weights, load_model, load_tokenizer
+from core.train_model import Loaded, adapter_kept, load_adapter_weights, load_model
 from core.train_resume import compare_with_start, resume_point, settings_of, sound_base
 from core.train_samples import sample_callback
+from core.train_tokenizer import load_tokenizer
 
 OWNED = {
     "output_dir", "per_device_train_batch_size", "max_length", "packing", "padding_free", "report_to", "save_strategy",

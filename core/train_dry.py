@@ -22,7 +22,8 @@ from core.plan import KTOPlan, Plan
 from core.prepare import Part, kto_weights, planned_steps, prepare
 from core.sources import ModelSource, model_source
 from core.train import checked_extra
-from core.train_model import load_model, load_tokenizer
+from core.train_model import load_model
+from core.train_tokenizer import load_tokenizer
 
 
 def main() -> int:

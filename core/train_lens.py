@@ -14,6 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # tokenizers need no torch, which takes longer to import than all the rest
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
 from core.batches import kto_batches
 from core.chat import Template, TemplateError, Tokenised, nothing_left, tokenize_rows
 from core.data import Conversation
@@ -30,8 +34,8 @@ from core.memory import KEPT_LENGTHS
 from core.plan import KTOPlan, Plan, StagePlan
 from core.prepare import changes, kto_weights, stage_ledger
 from core.sources import DEMO_MODEL, data_sources, model_source
-from core.train_model import load_tokenizer
 from core.train_segments import segments, token_list, turn_list
+from core.train_tokenizer import load_tokenizer
 
 ALL_GONE = "No row is left after tokenising: "
 SAMPLE, WRITTEN_BYTES = 1000, 8000
@@ -111,6 +115,8 @@ class Desk:
             )
             if plan.model.name == DEMO_MODEL and not source.local:
                 raise missing
+            if plan.model.trust_remote_code and sys.modules.get("torch", self) is None:
+                del sys.modules["torch"]  # the tokenizer's own code may want it
             try:
                 _, template, origin = load_tokenizer(plan, source)
             except FinetuiError as error:

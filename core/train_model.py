@@ -1,4 +1,4 @@
-"""Load the model and its tokenizer, with Unsloth or with transformers and PEFT, and put the adapter on."""
+"""Load the model, with Unsloth or with transformers and PEFT, and put the adapter on."""
 
 import contextlib
 from collections.abc import Iterator
@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerBase
 
-from core.chat import Template, set_template
+from core.chat import Template
 from core.errors import FinetuiError
-from core.hub import HUB_ADVICE, hub_reason, hub_token, offline_unless_reachable
+from core.hub import hub_token
 from core.plan import Plan, StagePlan
 from core.sources import ModelSource
+from core.train_tokenizer import unreadable
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -25,40 +26,6 @@ class Loaded:
     model: Any
     tokenizer: PreTrainedTokenizerBase
     template: Template
-
-
-def load_tokenizer(plan: Plan, source: ModelSource) -> tuple[PreTrainedTokenizerBase, Template, str]:
-    """The tokenizer with pad token and chat template, its probed template, and where the template comes from.
-
-    An adapter's own tokenizer files win over the base's. Raises FinetuiError.
-    """
-    beside = source.adapter if source.adapter and (source.adapter / "tokenizer_config.json").is_file() else None
-    place: Any = {"token": hub_token(), "trust_remote_code": plan.model.trust_remote_code}
-    if not source.local:
-        place["revision"] = plan.model.revision
-        offline_unless_reachable()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(beside or source.base), **({} if beside else place))
-        config = AutoConfig.from_pretrained(source.base, **place).to_dict()
-    except Exception as error:
-        raise unreadable(source, error) from error
-    origin = set_template(tokenizer, plan.model.chat_template, config)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer, Template.of(tokenizer), origin
-
-
-def unreadable(source: ModelSource, error: Exception) -> FinetuiError:
-    """The error for a model that cannot be read, from a folder or from the Hub."""
-    text = " ".join(str(error).split())
-    if "trust_remote_code" in text:
-        return FinetuiError(
-            f"{source.base} comes with its own Python code.",
-            "If you trust its author: --set model.trust_remote_code=true.",
-        )
-    if source.local:
-        return FinetuiError(f"The model in {source.base} cannot be read: {text[:160]}", "Download or save it again.")
-    return FinetuiError(f"The model {source.base} cannot be had: {hub_reason(error.__cause__ or error)}.", HUB_ADVICE)
 
 
 def load_model(plan: Plan, source: ModelSource, stage: StagePlan, open_layers: int = 0) -> Any:

@@ -176,7 +176,7 @@ def test_no_prompt_that_a_stage_was_trained_on_is_answered(make_run: MakeRun) ->
     asked = {prompt.key for prompt in held_out(plan, None, 100).prompts}
     from core.prepare import prepare
     from core.sources import model_source
-    from core.train_model import load_tokenizer
+    from core.train_tokenizer import load_tokenizer
 
     _, template, _ = load_tokenizer(plan, model_source(plan.model, print))
     seen = {

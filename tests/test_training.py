@@ -18,7 +18,8 @@ from core.runs import Run
 from core.sources import ModelSource, model_source
 from core.train_events import Reporter
 from core.train_kto import KTOBatches, kto_losses
-from core.train_model import Loaded, load_model, load_tokenizer
+from core.train_model import Loaded, load_model
+from core.train_tokenizer import load_tokenizer
 
 SHARED = sorted(SHARED_DATA.glob("*.jsonl"))
 

@@ -352,7 +352,8 @@ def reload(path: str) -> None:
 
     from core.evaluate import generate
     from core.sources import ModelSource, model_source
-    from core.train_model import load_base, load_tokenizer
+    from core.train_model import load_base
+    from core.train_tokenizer import load_tokenizer
 
     run = Run(Path(path))
     plan, final = run.plan(), run.final_model("kto")

@@ -195,7 +195,7 @@ def test_a_pickle_in_a_strangers_checkpoint_is_not_run(make_run: MakeRun, tmp_pa
 
 
 def test_code_that_comes_with_a_model_is_not_run(tiny_model: Path, tmp_path: Path, make_run: MakeRun) -> None:
-    from core.train_model import load_tokenizer
+    from core.train_tokenizer import load_tokenizer
 
     folder, mark = tmp_path / "model", tmp_path / "ran"
     shutil.copytree(tiny_model, folder)
