@@ -28,7 +28,7 @@ from core.runs import Run, create_run, is_alive
 
 # A busy machine is no failure: examples may take as long as they take.
 hypothesis.settings.register_profile(
-    "patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], print_blob=True
+    "patient", derandomize=True, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], print_blob=True
 )
 hypothesis.settings.load_profile("patient")
 
