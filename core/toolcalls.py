@@ -68,7 +68,9 @@ class _Found:
 def read_calls(text: str) -> Reading:
     """Every call in `text`, at most MAX_CALLS, in the form of the first one."""
     marks = {form: mark for form, find in MARKS.items() if (mark := find(text)) >= 0}
-    for form in [*sorted(marks, key=marks.__getitem__), "json"]:
+    if marks and (first := next(iter(READERS["json"](text)), None)) and first.start < min(marks.values()) < first.end:
+        marks = {"json": first.start} | marks  # the marks stand inside of a call, as words of it
+    for form in dict.fromkeys([*sorted(marks, key=marks.__getitem__), "json"]):
         calls: list[ToolCall] = []
         around, at, closed = [], 0, True
         for found in READERS[form](text):

@@ -30,6 +30,9 @@ from core.runs import Run, create_run, is_alive
 hypothesis.settings.register_profile(
     "patient", derandomize=True, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], print_blob=True
 )
+hypothesis.settings.register_profile(  # pytest --hypothesis-profile=wide looks for new ones
+    "wide", hypothesis.settings.get_profile("patient"), derandomize=False, max_examples=2000
+)
 hypothesis.settings.load_profile("patient")
 
 SHARED_DATA = Path(os.environ.get("FINETUI_SHARED_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")

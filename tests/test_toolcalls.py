@@ -5,7 +5,7 @@ import time
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from core.scores import expected_of, score
@@ -67,7 +67,8 @@ def test_several_calls_are_all_read(form: str) -> None:
     assert [call.name for call in read.calls] == ["one", "two", "three"] and not read.outside and read.well_formed
 
 
-@settings(deadline=None)
+@example("_", {"[TOOL_CALLS]": None}, "json")
+@example("a", {"b": "<tool_call> [TOOL_CALLS]"}, "json message")
 @given(names, st.dictionaries(st.text(), json_values, max_size=5), st.sampled_from(FORMS))
 def test_every_written_call_is_read_back(name: str, arguments: dict[str, object], form: str) -> None:
     text = written(name, arguments, form)
