@@ -24,15 +24,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-from core import runner
-from core.artefacts import checked_request, read_report
-from core.backend import gpu_present, settle
-from core.commands_export import begin
-from core.config import resolve
-from core.events import EventTail
-from core.runs import Run, create_run, is_alive
-
 REPOSITORY = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(REPOSITORY))
+os.environ["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
+
+from core import runner  # noqa: E402
+from core.artefacts import checked_request, read_report  # noqa: E402
+from core.backend import gpu_present, settle  # noqa: E402
+from core.commands_export import begin  # noqa: E402
+from core.config import resolve  # noqa: E402
+from core.events import EventTail  # noqa: E402
+from core.runs import Run, create_run, is_alive  # noqa: E402
+
 PROMPTS = ("Set a timer for 5 minutes", "What is 12345 + 678?", "Find a route to Pine Valley by train", "Good morning")
 failures: list[str] = []
 
