@@ -7,7 +7,8 @@ Through the product: a few steps of SFT in 4 bit on rows made here; `merged_16bi
 Then, each in a process of its own, so that memory is really given back:
 
   equal    merged_16bit, read back with transformers, against the 16-bit base with PEFT's adapter on it: logits, greedy
-  apart    the 4-bit base with the adapter, as it was trained, against merged_16bit: by how much they differ
+  apart    the 4-bit base with the adapter, as it was trained, against merged_16bit: by how much they differ, and by how
+           much the base alone does (in a model of random weights that is a lot)
   four     merged_4bit is read back and answers
   exact    merged weights are the exact sum rounded once, for tensors drawn at random
 
@@ -233,11 +234,13 @@ def equal(path: str, model: str) -> None:
     check("equal: it is stored in 16 bit", merged.dtype.itemsize == 2, merged.dtype)
     ours, own = logits_of(merged, prompts), greedy_of(merged, prompts)
     moved, apart, peft = differ(separate, plain), differ(ours, separate), differ(ours, rounded)
+    rounding = differ(rounded, separate)
     print(f"SEEN equal: the adapter moves logits by {moved}")
-    print(f"SEEN equal: merged differs from base + adapter by {apart}, from PEFT's merge by {peft}")
+    print(f"SEEN equal: merged differs from base + adapter by {apart}, PEFT's merge by {rounding}, both by {peft}")
     check("equal: the adapter moves the logits", moved[1] > 0.01, moved)
-    check("equal: merged is base + adapter up to rounding to bf16", apart[1] < 0.05 and apart[1] < moved[1] / 3, apart)
-    check("equal: merged is as near PEFT's own merge", peft[1] < 0.05, peft)
+    near = apart[1] < 1.05 * rounding[1] and apart[1] < moved[1] / 3
+    check("equal: merged is base + adapter up to the rounding to bf16 that PEFT's merge has too", near, apart)
+    check("equal: merged is PEFT's own merge", peft[1] < 1e-3, peft)
     same = sum(one == other for one, other in zip(own, answers, strict=True))
     print(f"SEEN equal: {same} of {len(own)} greedy answers of 16 tokens are the same (random weights have near ties)")
 
@@ -252,13 +255,20 @@ def apart(path: str, model: str) -> None:
     prompts = asked(folder)
     base, tuned = with_adapter(path, model, four_bit=True)
     trained = logits_of(tuned, prompts)
+    with tuned.disable_adapter():
+        packed = logits_of(tuned, prompts)
     del base, tuned
+    forget()
+    base = base_model(model, four_bit=False).eval()
+    bases = differ(logits_of(base, prompts), packed)
+    del base
     forget()
     merged = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map={"": 0}).eval()
     found = differ(logits_of(merged, prompts), trained)
     same = f"same token {100 * found[2]:.1f} %"
     print(f"SEEN apart: largest logit difference {found[0]:.3f}, relative {found[1]:.4f}, {same}")
-    check("apart: the difference is that of 4-bit weights, not of another model", found[1] < 0.6, found)
+    print(f"SEEN apart: the base in 16 bit differs from itself in 4 bit by {bases}")
+    check("apart: the difference is that of the base's own 4-bit weights", found[1] < 1.25 * bases[1], found)
 
 
 def four(path: str, model: str) -> None:
