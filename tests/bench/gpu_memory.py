@@ -25,7 +25,7 @@ GIB = 1 << 30
 # name: (model, method, settings, GiB to reserve for it, whether it is stopped and resumed in each stage)
 CONFIGURATIONS: dict[str, tuple[str, str, dict[str, Any], int, bool]] = {
     "20b-sft": ("20b", "sft", {}, 18, True),
-    "20b-kto": ("20b", "kto", {"kto.max_length": 2048, "kto.max_prompt_length": 1536}, 20, False),
+    "20b-kto": ("20b", "kto", {"kto.max_length": 2048, "kto.max_prompt_length": 1536, "kto.max_steps": 2}, 20, False),
     "13b": ("13b", "sft-kto", {}, 23, True),
     "7b": ("7b", "sft-kto", {}, 23, True),
     "3b": ("3b", "sft-kto", {"memory_limit": 12}, 13, True),
@@ -146,7 +146,8 @@ def told(run: Any, name: str, stage: str) -> dict[str, Any]:
         "items": last.get("estimated_items"), "measured": (last.get("reserved_bytes") or 0) + context,
         "allocated": last.get("allocated_bytes"), "context": context, "look_s": [look["seconds"] for look in looks],
         "trained": max((event.get("vram_peak_bytes", 0) for event in logs), default=0) + context,
-        "steps": [event["step"] for event in logs], "losses": [event.get("loss") for event in logs],
+        "steps": [event["step"] for event in logs],
+        "step_s": [round(after["t"] - before["t"], 1) for before, after in zip(logs, logs[1:], strict=False)], "losses": [event.get("loss") for event in logs],
         "kl": [event.get("kl") for event in logs], "resumed": [event["resumed_step"] for event in totals],
         "arrangements": [event["why"] for event in events(run, "arrangement", stage)],
         "notices": [event["text"] for event in events(run, "notice", stage) if event["level"] == "warning"],
