@@ -170,8 +170,8 @@ class StagePlan(Section):
         common=True, ge=-1,
     )  # fmt: skip
     max_length: int = option(
-        2048, "Longest row; longer ones are left out or cut (data.too_long)", flag="--max-seq-length", unit="tokens",
-        common=True, ge=8,
+        2048, "Longest row in tokens; longer ones are left out or cut (data.too_long)", flag="--max-seq-length",
+        unit="tokens", common=True, ge=8,
     )  # fmt: skip
     warmup_ratio: float = option(0.1, "Share of the steps in which the learning rate climbs", common=True, ge=0, lt=1)
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup", "polynomial"] = option(
