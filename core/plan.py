@@ -115,7 +115,7 @@ class DataPlan(Section):
     )
     demo: bool = option(False, "The demo's own rows, made on this machine")
     holdout: float = option(
-        0.0, "Share of prompts held out of training, to measure the loss on; 0.1 is a tenth", flag="--split-dataset",
+        0.0, "Share of prompts held out of training, to measure the loss on", flag="--split-dataset",
         common=True, ge=0, le=0.5,
     )  # fmt: skip
     include_undesirable: bool = option(

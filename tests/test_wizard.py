@@ -227,7 +227,7 @@ def test_steps_are_said_as_training_counts_them() -> None:
     assert consequence(plan, "sft.num_train_epochs", counts) == "56 steps in all, ended by max_steps after 0.47 epochs"
     assert consequence(plan, "sft.warmup_ratio", counts) == "3 of 56 steps"
     assert consequence(plan, "sft.max_length", counts) == "the longest row kept has 71 tokens"
-    assert consequence(plan, "lora.r", counts) == "alpha / r = 2"
+    assert consequence(plan, "lora.alpha", counts) == "alpha / r = 2"
     assert consequence(plan, "kto.batch_size", {}) == "4 × 1 = 4 examples a step"
     assert "72 steps of 4 examples; an epoch is 80 steps, 320 examples" in stage_words(plan, "kto", counts["kto"])
     assert stage_words(plan, "kto", None) == "72 steps of 4 examples"

@@ -98,6 +98,7 @@ class DataRoom(VerticalScroll, can_focus=True):
         Binding("f", "ask('fetch')", "Fetch now"),
         Binding("l", "ask('ledger')", "Ledger"),
         Binding("enter", "open", "Next"),
+        Binding("escape", "leave", "Back"),
     ]
 
     @dataclass
@@ -117,6 +118,12 @@ class DataRoom(VerticalScroll, can_focus=True):
     class LimitKept(Message):
         stage: str
         at: int
+
+    @dataclass
+    class Left(Message):
+        """Back to the lines that name the rows."""
+
+        stage: str
 
     @dataclass
     class Asked(Message):
@@ -320,11 +327,18 @@ class DataRoom(VerticalScroll, can_focus=True):
         self.post_message(self.Wanted(self.stage))
 
     def action_other_stage(self) -> None:
-        self.stage = self.stages[(self.stages.index(self.stage) + 1) % len(self.stages)]
-        self.place = None
-        self.refresh_bindings()
-        self.paint()
-        self.post_message(self.Wanted(self.stage))
+        self.turn_to(self.stages[(self.stages.index(self.stage) + 1) % len(self.stages)])
+
+    def turn_to(self, stage: str) -> None:
+        """Show another stage's rows."""
+        if stage != self.stage:
+            self.stage, self.place = stage, None
+            self.refresh_bindings()
+            self.paint()
+            self.post_message(self.Wanted(self.stage))
+
+    def action_leave(self) -> None:
+        self.post_message(self.Left(self.stage))
 
     def action_ids(self) -> None:
         self.ids = not self.ids

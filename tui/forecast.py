@@ -69,7 +69,7 @@ def steps_of(plan: Plan, stage: str, count: Count) -> tuple[int, int]:
 def consequence(plan: Plan, path: str, counts: Counts) -> str:
     """What a setting makes of this stage's rows; empty where nothing follows from it alone."""
     stage, _, key = path.partition(".")
-    if path in ("lora.r", "lora.alpha"):
+    if path == "lora.alpha":
         return f"alpha / r = {plan.lora.alpha / plan.lora.r:g}"
     if stage not in plan.training_stages:
         return ""
