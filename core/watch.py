@@ -198,7 +198,7 @@ def _line_of(event: Event, state: RunState) -> str:
 
 def metrics_line(stage: StageState) -> str:
     """Step, time left, loss or margin, and pace of a stage: what matters most first, where the rest is cut off."""
-    parts = [f"{'answer' if stage.name == 'evaluate' else 'step'} {stage.step}/{stage.total_steps}"]
+    parts = [f"{'answer' if stage.name == 'evaluate' else 'step'} {stage.step:,}/{stage.total_steps:,}"]
     if stage.eta_s is not None and stage.state == "running":
         parts.append(f"{duration(stage.eta_s)} left")
     loss, margin = stage.last("loss"), stage.last("rewards/margins")

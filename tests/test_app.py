@@ -199,7 +199,7 @@ async def test_the_data_page_holds_until_every_stage_has_rows_to_learn_from(
         app.focused.value = str(rows_file(name="good.jsonl"))
         await pilot.press("enter")
         await until(pilot, lambda: isinstance(app.focused, Choice))  # what KTO lacks may have been said before
-        assert "Not yet. ✘ rows.jsonl has no usable row for KTO" in frame(app)
+        await shows(pilot, "Not yet. ✘ rows.jsonl has no usable row for KTO")
         assert app.screen.query_one(DataRoom).stage == "kto"
         screen = app.screen
         assert isinstance(screen, WizardScreen)
