@@ -147,7 +147,7 @@ def test_by_keys_alone_from_the_wizard_through_death_and_stop_to_the_end(
     terminal.press("r")
     terminal.shows("● running")
     terminal.press("Enter")
-    terminal.shows("✔ done after", "1200/1200", limit_s=180)
+    terminal.shows("✔ done after", "1,200/1,200", limit_s=180)
     resumed = run.state().stage("sft").series["loss"]
     assert [step for step, _ in resumed] == sorted({step for step, _ in resumed}) and resumed[-1][0] == 1200
     terminal.press("q")

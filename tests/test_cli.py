@@ -92,6 +92,11 @@ def test_the_demos_rows_beside_rows_of_ones_own_are_warned_of(
     told = said("sft-kto", "--set", f"sft.data.file={path}", "--detach", "--runs-dir", tmp_path / "runs")
     assert "KTO trains on the demo's rows" in told and "--set kto.data.file=FILE" in told
     assert "--set kto.data.file=FILE" in refused("sft-kto", "--local-file", path, "--dry-run")
+    words = ("sft-kto", "--set", f"sft.data.file={path}", "--json", "--runs-dir", tmp_path / "runs")
+    assert "KTO trains on the demo's rows" in json.loads(said(*words, "--detach"))["notices"][0]
+    monkeypatch.setattr("core.commands.follow", lambda run, **how: 0)
+    lines = [json.loads(line) for line in said(*words).splitlines()]
+    assert [line["kind"] for line in lines] == ["notice"] and "KTO trains on the demo's rows" in lines[0]["text"]
 
 
 def test_foreign_text_reaches_no_terminal(refused: Refused, said: Callable[..., str], tmp_path: Path) -> None:

@@ -139,7 +139,8 @@ def _last_figures(snapshot: Snapshot) -> str:
         return "no step was logged"
     stage = trained[-1]
     margin = stage.last("rewards/margins")
-    parts = [f"{STAGE_NAMES[stage.name]} step {stage.step:,}/{stage.total_steps:,}", f"loss {number(stage.last('loss'))}"]
+    steps = f"{STAGE_NAMES[stage.name]} step {stage.step:,}/{stage.total_steps:,}"
+    parts = [steps, f"loss {number(stage.last('loss'))}"]
     return "   ".join([*parts, f"margin {number(margin, 3)}"] if margin is not None else parts)
 
 
