@@ -395,7 +395,7 @@ def summary(look: Reply, count: Reply | None, stage: str) -> Content:
     if weighty:
         heaviest = order(weighty)[0]
         words = f"{heaviest['mark']} {len(weighty)} to mend"
-        below += ["  ", (words, HUES[heaviest["weight"]]), (" (Findings, key 2)", MUTED)]
+        below += ["  ", (words, HUES[heaviest["weight"]]), (" (key 2)", MUTED)]
     return Content("\n").join([*lines, Content.assemble(*below)] if below else lines)
 
 

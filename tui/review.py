@@ -91,7 +91,7 @@ class ReviewPage(Page):
 
     def _show_plan(self, found: Checked) -> None:
         self._shown = found
-        self.query_one("#plan", Words).say(plan_words(found, self.draft.stages, max(self.size.width - 4, 40)))
+        self.query_one("#plan", Words).say(plan_words(found, self.draft.stages, max(self.scrollable_content_region.width, 40)))
 
     def command(self, words: str) -> None:
         self.query_one("#command", Words).say(
