@@ -175,7 +175,8 @@ def _line_of(event: Event, state: RunState) -> str:
     if kind == "log" and "loss" in event:
         return f"{stage}: {metrics_line(state.stage(name))}"
     if kind == "eval":
-        shown = {k: v for k, v in event.items() if k in ("eval_loss", "eval_rewards/margins")}
+        named = (("eval_loss", "held-out loss"), ("eval_rewards/margins", "held-out margin"))
+        shown = {word: event[key] for key, word in named if key in event}
         return f"{stage}: step {event.get('step')}  " + "  ".join(f"{k} {number(v)}" for k, v in shown.items())
     if kind == "checkpoint":
         return f"{stage}: checkpoint at step {event.get('step')}"
@@ -199,7 +200,7 @@ def _line_of(event: Event, state: RunState) -> str:
 def metrics_line(stage: StageState) -> str:
     """Step, time left, loss or margin, and pace of a stage: what matters most first, where the rest is cut off."""
     parts = [f"{'answer' if stage.name == 'evaluate' else 'step'} {stage.step:,}/{stage.total_steps:,}"]
-    if stage.eta_s is not None and stage.state == "running":
+    if stage.eta_s is not None and stage.state == "running" and stage.step < stage.total_steps:
         parts.append(f"{duration(stage.eta_s)} left")
     loss, margin = stage.last("loss"), stage.last("rewards/margins")
     if stage.series.get("loss"):

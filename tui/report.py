@@ -70,7 +70,7 @@ def preview_head(snapshot: Snapshot) -> Content:
     head.append(Content.assemble(status_words(snapshot.status), f"  {duration(snapshot.took_s)}"))
     if snapshot.live and stage and stage.state == "running" and stage.step and stage.total_steps:
         name = clean(STAGE_NAMES.get(stage.name, stage.name), 20)
-        left = f", {duration(stage.eta_s)} left" if stage.eta_s is not None else ""
+        left = f", {duration(stage.eta_s)} left" if stage.eta_s and stage.step < stage.total_steps else ""
         head.append(Content(f"{name} {_word(stage)} {stage.step:,}/{stage.total_steps:,}{left}"))
     return Content("\n").join(head)
 
@@ -89,7 +89,7 @@ def _starting(state: RunState) -> str:
 
 def left_words(stage: StageState, snapshot: Snapshot) -> str:
     """How long this stage still takes, and the moment on the clock at which it is over."""
-    if stage.eta_s is None or not stage.step:
+    if stage.eta_s is None or not 0 < stage.step < stage.total_steps or snapshot.status == "stopping":
         return ""
     ahead = [other for other in snapshot.state.stages if other.state == "waiting"]
     foretold = [_expected_s(other, stage) for other in ahead]

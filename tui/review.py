@@ -91,7 +91,7 @@ class ReviewPage(Page):
 
     def _show_plan(self, found: Checked) -> None:
         self._shown = found
-        self.query_one("#plan", Words).say(plan_words(found, self.draft.stages, max(self.scrollable_content_region.width, 40)))
+        self.query_one("#plan", Words).say(plan_words(found, self.draft.stages, max(self.size.width - 1, 40)))
 
     def command(self, words: str) -> None:
         self.query_one("#command", Words).say(
@@ -251,6 +251,6 @@ def plan_words(found: Checked, stages: list[str], width: int) -> Content:
         if max(len(value), VALUE) + 2 + len(source) <= room:
             lines.append(Content.assemble((f"{head}{value:<{VALUE}}  ", own), (source, hue)))
         else:
-            whole = below.join(textwrap.wrap(value, room)) if len(value) + 2 + len(source) > room else value
-            lines.append(Content.assemble((head + whole, own), below if whole != value else "  ", (source, hue)))
+            whole = below.join(textwrap.wrap(value, room)) or value
+            lines.append(Content.assemble((head + whole, own), below, (source, hue)))
     return Content("\n").join(lines[1:])
