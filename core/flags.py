@@ -164,6 +164,10 @@ def build_parser() -> Parser:
         prog="finetui", description=about, epilog=FIRST, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--version", action="version", version=f"finetui {__version__}")
+    parser.add_argument(
+        "--runs-dir", type=Path, metavar="DIR", dest="every_runs_dir",
+        help="folder of the runs (default: ./runs or $FINETUI_RUNS)",
+    )  # fmt: skip
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     for method in METHODS:
         command = commands.add_parser(method, help=f"train: {METHOD_WORDS[method]}")

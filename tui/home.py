@@ -56,14 +56,14 @@ class RunsTable(DataTable[Text]):
 class HomeScreen(RunRoom):
     BINDINGS = [
         Binding("n", "new", "New"),
-        Binding("d", "demo", "Demo"),
+        Binding("d", "demo", "Demo", show=False),
         Binding("enter", "open", "Open"),
         Binding("s", "stop", "Stop"),
         Binding("r", "resume", "Resume"),
         Binding("x", "delete", "Delete"),
         Binding("g", "again", "Again"),
         Binding("v", "evaluate", "Evaluate"),
-        Binding("i", "try_it", "Try it"),
+        Binding("i", "try_it", "Try"),
         Binding("slash", "filter", "Filter", key_display="/"),
         Binding("space", "mark", "Mark for comparing", show=False),
         Binding("c", "compare", "Compare the marked runs", show=False),
