@@ -148,7 +148,9 @@ else
         say "Installing torch $GPU_TORCH for CUDA (some gigabytes)."
         pip_install "torch==$GPU_TORCH"
     fi
-    say "Installing finetui and its packages${extras:+, with the extras $extras} (about a minute)."
+    about=' and its packages (about a minute)'
+    [ "$device" = gpu ] || [ -n "$unlocked" ] || about='' # the lock has brought them
+    say "Installing finetui$about${extras:+, with the extras $extras}."
     pip_install -e ".${extras:+[$extras]}"
     if [ -n "$flash" ]; then
         say "Compiling flash-attn (many minutes)."

@@ -110,8 +110,10 @@ def verdict(
     return Verdict(name, found, False, f"✘ more than is free: {batch}")
 
 
-def preset_needs(method: str, cards: bool, tokens: int = 512) -> dict[str, float]:
-    """GiB that each size's preset needs for rows of `tokens`, the highest of the method's stages.
+def preset_needs(
+    method: str, cards: bool, tokens: int = 512, lengths: Mapping[str, Lengths] | None = None
+) -> dict[str, float]:
+    """GiB that each size's preset needs for rows of `tokens`, or of `lengths` by stage: the highest of the stages.
 
     `cards` says that there is a GPU; without one the smallest size is worked out for the CPU.
     """
@@ -123,7 +125,8 @@ def preset_needs(method: str, cards: bool, tokens: int = 512) -> dict[str, float
         cut_adapter(plan, 22 * GIB)
         for name in plan.training_stages:
             plan.stage(name).optim = "adamw_8bit"
-        found = [need(plan, name, shape, Lengths([tokens] * KEPT_LENGTHS)) for name in plan.training_stages]
+        rows = {name: (lengths or {}).get(name) or Lengths([tokens] * KEPT_LENGTHS) for name in plan.training_stages}
+        found = [need(plan, name, shape, rows[name]) for name in plan.training_stages]
         needs[size] = max(one.total for one in found if one) / GIB
     return needs
 

@@ -47,6 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _dispatch(arguments: argparse.Namespace) -> int:
     name = arguments.command
+    if arguments.every_runs_dir:
+        from core.paths import runs_dir
+
+        os.environ["FINETUI_RUNS"] = str(runs_dir(arguments.every_runs_dir))
     if name is None:
         return open_app()
     if name in ("check", "data"):

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,9 +83,12 @@ def _after_start(
 ) -> int:
     """Say that the run was started, and follow it from byte `since` of its events; `done` are stages behind it."""
     if arguments.json and arguments.detach:
-        print_json({"run": run.name, "path": str(run.path)})
+        print_json({"run": run.name, "path": str(run.path), "notices": notices or []})
         return 0
-    if not arguments.json:
+    if arguments.json:
+        for notice in notices or []:
+            print(json.dumps({"t": time.time(), "kind": "notice", "level": "warning", "text": notice}), flush=True)
+    else:
         out = console()
         for notice in notices or []:
             out.print(clean(notice), style="yellow", markup=False, highlight=False)
@@ -122,8 +126,9 @@ def preflight(plan: Plan) -> list[str]:
         steps[stage] = planned_steps(settings, stage, len(ledger.training()))
         totals = ledger.totals()
         if totals["left_out"]:
-            reasons = "; ".join(f"{count} × {reason}" for reason, count in list(totals["reasons"].items())[:3])
-            notices.append(f"{stage.upper()}: {totals['left_out']} of {totals['rows']} rows are left out: {reasons}")
+            reasons = "; ".join(f"{count:,} × {reason}" for reason, count in list(totals["reasons"].items())[:3])
+            left_out = f"{totals['left_out']:,} of {totals['rows']:,}"
+            notices.append(f"{stage.upper()}: {left_out} rows are left out: {reasons}")
     if is_untuned(plan):
         notices.append("KTO alone from a model that was not fine-tuned: SFT first usually works better.")
     if plan.export.stages:

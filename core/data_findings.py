@@ -122,8 +122,9 @@ def _labels(look: Look) -> Iterator[Finding]:
         if not count:
             continue
         if reason.startswith("no label"):
+            beside = "beside labelled ones, " if bool((look.labels >= 0).any()) else ""
             yield Finding(
-                "unlabelled", MEND, count, f"{rows(count)} without a label, beside labelled ones, left out.",
+                "unlabelled", MEND, count, f"{rows(count)} without a label, {beside}left out.",
                 "Label them true or false, or train them with SFT.", look.places(mask),
             )  # fmt: skip
         elif reason.startswith("label is false"):

@@ -374,14 +374,19 @@ class RunState:
             stage.rewind(_count(event["resumed_step"]))
 
     def _on_log(self, event: Event) -> None:
+        self._on_step(event)
+        stage = self.stage(str(event.get("stage", "")))
+        stage.epoch = _finite(event.get("epoch")) or stage.epoch
+        self._series(stage, _count(event.get("step")), event)
+
+    def _on_step(self, event: Event) -> None:
+        """How far a stage is: with every log, and between two of them."""
         stage = self.stage(str(event.get("stage", "")))
         step = _count(event.get("step"))
         if stage.state == "waiting":  # the history reads a long log's two ends, and the start stands between them
             stage.state = "running"
         stage.step = max(stage.step, step)
-        stage.epoch = _finite(event.get("epoch")) or stage.epoch
         stage.pace.append((event["t"], step))
-        self._series(stage, step, event)
 
     def _on_eval(self, event: Event) -> None:
         self._series(self.stage(str(event.get("stage", ""))), _count(event.get("step")), event)

@@ -70,7 +70,7 @@ def add_plan_flags(parser: argparse.ArgumentParser, method: str | None) -> None:
         elif first.kind is dict:
             named |= {"action": "append", "metavar": MAPPING_WORDS.get(flag, "KEY=VALUE")}
         else:
-            metavar = first.unit.upper().rstrip("S") or {int: "N", float: "X"}.get(first.kind, "TEXT")
+            metavar = "GIB" if first.unit == "GiB" else {int: "N", float: "X"}.get(first.kind, "TEXT")
             named |= {"choices": first.choices} if first.choices else {"metavar": metavar}
         group.add_argument(flag, **named)
 
@@ -82,8 +82,8 @@ def _on_end(parser: argparse.ArgumentParser) -> None:
 
 
 def _help(targets: "list[Option]") -> str:
-    unit = f" [{targets[0].unit}]" if targets[0].unit else ""
-    return f"{targets[0].help}{unit}".replace("%", "%%")
+    unit, words = targets[0].unit, targets[0].help
+    return (f"{words} ({unit})" if unit and unit not in words.lower() else words).replace("%", "%%")
 
 
 SOURCES = ("--local-file", "--dataset-name", "--model-name")
@@ -141,13 +141,36 @@ def mapping_of(flag: str, words: Sequence[str]) -> dict[str, Any]:
     return found
 
 
+METHOD_WORDS = {
+    "sft": "SFT, learn from conversations with good answers",
+    "kto": "KTO, learn from answers labelled good or bad",
+    "sft-kto": "SFT→KTO, both, one after the other",
+}
+FIRST = """\
+to begin with:
+  finetui                                          the app: a wizard leads from the rows to the run
+  finetui demo                                     a small real training, no GPU and no data of yours needed
+  finetui check rows.jsonl --method sft            what is in your rows, and what is wrong with them
+  finetui sft --local-file rows.jsonl --dry-run    what a training on them would do
+  finetui sft --local-file rows.jsonl              the training; Ctrl-C leaves it running if you like
+
+RUN is a run's name, the beginning of it, or `last`.  `finetui COMMAND --help` tells more.
+"""
+
+
 def build_parser() -> Parser:
     about = "Fine-tune language models: SFT, KTO, SFT→KTO. Without arguments: the app."
-    parser = Parser(prog="finetui", description=about)
+    parser = Parser(
+        prog="finetui", description=about, epilog=FIRST, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--version", action="version", version=f"finetui {__version__}")
+    parser.add_argument(
+        "--runs-dir", type=Path, metavar="DIR", dest="every_runs_dir",
+        help="folder of the runs (default: ./runs or $FINETUI_RUNS)",
+    )  # fmt: skip
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     for method in METHODS:
-        command = commands.add_parser(method, help=f"train: {method.upper().replace('-', '→')}")
+        command = commands.add_parser(method, help=f"train: {METHOD_WORDS[method]}")
         add_plan_flags(command, method)
         _following(command)
     command = commands.add_parser("demo", help="SFT and KTO of a small real model on tool calling, scored at the end")
@@ -162,9 +185,10 @@ def build_parser() -> Parser:
     command.add_argument("method", choices=METHODS)
     add_plan_flags(command, None)
     for name, text in (
-        ("show", "what a run was, did and produced"), ("watch", "follow a run; leaving does not stop it"),
-        ("stop", "save a checkpoint and end"), ("abort", "end now"), ("resume", "go on from the newest checkpoint"),
-        ("delete", "remove a run's directory"),
+        ("show", "what a run is or was, did and made"), ("watch", "follow a run; leaving does not stop it"),
+        ("stop", "have a run save a checkpoint and end; it can be resumed"), ("abort", "end a run at once"),
+        ("resume", "go on from a run's newest checkpoint"),
+        ("delete", "remove a run and all it made"),
     ):  # fmt: skip
         command = commands.add_parser(name, help=text)
         _of_run(command)
@@ -192,7 +216,7 @@ def build_parser() -> Parser:
     _of_run(command)
     command.add_argument("--output", type=Path, metavar="FILE", help="write this .html or .md file alone")
     command.add_argument("--no-rows", action="store_true", help="leave out prompts, answers and samples")
-    command = commands.add_parser("runs", help="the history")
+    command = commands.add_parser("runs", help="every run: state, loss, duration, newest first")
     command.add_argument("--runs-dir", type=Path, metavar="DIR", help="folder of the runs")
     command.add_argument("--json", action="store_true", help="JSON instead of a table")
     add_check(commands)

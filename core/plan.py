@@ -82,8 +82,13 @@ class ModelPlan(Section):
 class LoraPlan(Section):
     """The shape of the adapter; KTO after SFT takes the SFT adapter's shape."""
 
-    r: int = option(64, "Rank of the adapter", flag="--lora-r", common=True, ge=1, le=1024)
-    alpha: int = option(128, "Scale of the adapter (alpha / r)", flag="--lora-alpha", common=True, ge=1, le=4096)
+    r: int = option(
+        64, "Rank of the adapter: a higher one learns more and needs more memory", flag="--lora-r", common=True, ge=1,
+        le=1024,
+    )  # fmt: skip
+    alpha: int = option(
+        128, "Scale of the adapter: it counts alpha / r times", flag="--lora-alpha", common=True, ge=1, le=4096
+    )
     dropout: float = option(0.0, "Dropout inside the adapter; above 0 leaves Unsloth's fast path", ge=0, lt=1)
     target_modules: list[str] = option(LORA_PROJECTIONS, "Projections that get an adapter", min_length=1)
     seed: int = option(3407, "Seed of the adapter's first weights", ge=0, le=MAX_SEED)
@@ -110,8 +115,9 @@ class DataPlan(Section):
     )
     demo: bool = option(False, "The demo's own rows, made on this machine")
     holdout: float = option(
-        0.0, "Share of prompts kept for evaluation during training", flag="--split-dataset", common=True, ge=0, le=0.5
-    )
+        0.0, "Share of prompts held out of training, to measure the loss on", flag="--split-dataset",
+        common=True, ge=0, le=0.5,
+    )  # fmt: skip
     include_undesirable: bool = option(
         False, "SFT: also learn answers whose label is false", flag="--include-undesirable"
     )
@@ -146,18 +152,28 @@ class StagePlan(Section):
     """What SFT and KTO share. Keys that TRL knows have TRL's names."""
 
     data: DataPlan = Field(default_factory=DataPlan, description="Rows of this stage")
-    batch_size: int = option(4, "Examples per forward pass", flag="--batch-size", unit="examples", common=True, ge=1)
+    batch_size: int = option(
+        4, "Examples per forward pass: fewer need less memory", flag="--batch-size", unit="examples", common=True, ge=1
+    )
     gradient_accumulation_steps: int = option(
         1, "Forward passes per optimiser step", flag="--gradient-accumulation", common=True, ge=1
     )
     regroup: Switch = option(
         "auto", "On a GPU: micro-batches as large as memory allows, steps kept; auto: unless batch_size was given"
     )
-    learning_rate: float = option(2e-4, "Peak learning rate", flag="--learning-rate", common=True, gt=0, le=1)
+    learning_rate: float = option(
+        2e-4, "Peak learning rate: how large the steps are", flag="--learning-rate", common=True, gt=0, le=1
+    )
     num_train_epochs: float = option(3, "Passes over the data", flag="--num-epochs", unit="epochs", common=True, gt=0)
-    max_steps: int = option(-1, "Stop after N optimiser steps; -1: by epochs", flag="--max-steps", unit="steps", ge=-1)
-    max_length: int = option(2048, "Longest row", flag="--max-seq-length", unit="tokens", common=True, ge=8)
-    warmup_ratio: float = option(0.1, "Share of the steps in which the rate climbs", common=True, ge=0, lt=1)
+    max_steps: int = option(
+        -1, "End after N optimiser steps, whatever the epochs; -1: by epochs", flag="--max-steps", unit="steps",
+        common=True, ge=-1,
+    )  # fmt: skip
+    max_length: int = option(
+        2048, "Longest row in tokens; longer ones are left out or cut (data.too_long)", flag="--max-seq-length",
+        unit="tokens", common=True, ge=8,
+    )  # fmt: skip
+    warmup_ratio: float = option(0.1, "Share of the steps in which the learning rate climbs", common=True, ge=0, lt=1)
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup", "polynomial"] = option(
         "cosine", "How the rate falls after warm-up"
     )
@@ -170,7 +186,10 @@ class StagePlan(Section):
         "auto", "Recompute activations to save memory; auto: on a GPU only in as many layers as memory needs"
     )
     logging_steps: int = option(5, "Log every N steps", unit="steps", ge=1)
-    save_steps: int = option(50, "Checkpoint every N steps", flag="--save-steps", unit="steps", common=True, ge=1)
+    save_steps: int = option(
+        50, "Checkpoint every N steps: a stopped run goes on from the newest", flag="--save-steps", unit="steps",
+        common=True, ge=1,
+    )  # fmt: skip
     save_total_limit: int = option(3, "Checkpoints kept", ge=1)
     eval_steps: int | None = option(None, "Evaluate held-out rows every N steps; default: at each checkpoint", ge=1)
     early_stopping_patience: int | None = option(
@@ -221,11 +240,15 @@ class SFTPlan(StagePlan):
 class KTOPlan(StagePlan):
     """Kahneman-Tversky optimisation (arXiv 2402.01306): rows labelled good or bad."""
 
-    learning_rate: float = option(5e-6, "Peak learning rate", flag="--learning-rate", common=True, gt=0, le=1)
+    learning_rate: float = option(
+        5e-6, "Peak learning rate: how large the steps are", flag="--learning-rate", common=True, gt=0, le=1
+    )
     values: Literal["measured", "original"] = option(
         "measured", "Rate and beta: values measured to move a LoRA, or the original's", flag="--kto-values", common=True
     )
-    beta: float = option(0.1, "How strongly the model is held to its reference", flag="--beta", common=True, gt=0)
+    beta: float = option(
+        0.1, "How strongly the model is held to its reference, the model before KTO", flag="--beta", common=True, gt=0
+    )
     desirable_weight: float | None = option(None, "Weight of good rows; default: from the label counts", gt=0)
     undesirable_weight: float | None = option(None, "Weight of bad rows; default: from the label counts", gt=0)
     max_prompt_length: int = option(2048, "Longest prompt", unit="tokens", ge=4)
@@ -276,7 +299,7 @@ class ExportPlan(Section):
 
     save_method: SaveMethod | None = option(
         None,
-        "Form that is kept and uploaded; default: the adapter, for an upload merged_16bit",
+        "Form that is kept: the adapter alone or merged into the model; default: lora, for an upload merged_16bit",
         flag="--save-method",
         common=True,
     )
@@ -289,7 +312,7 @@ class ExportPlan(Section):
         None, "Stage or checkpoint to export, such as sft or kto/checkpoint-50; default: the last stage's result"
     )
     gguf: list[Quantisation] = option(
-        [], "GGUF files for llama.cpp and Ollama", flag="--gguf", common=True
+        [], "GGUF files to make, for llama.cpp and Ollama; default: none", flag="--gguf", common=True
     )
     check_prompts: int = option(
         8, "Prompts that merged model and GGUF files must answer as trained", unit="prompts", ge=0, le=1000
@@ -458,7 +481,8 @@ def option_table() -> str:
             continue
         path = f"STAGE.{key}" if section == "sft" and key in SHARED_KEYS else entry.path
         default = "" if entry.default in (None, "", [], {}) else str(entry.default).replace("'", "")
-        notes = [", ".join(entry.choices)] if entry.choices else [entry.unit] if entry.unit else []
+        unit = [entry.unit] if entry.unit and entry.unit not in entry.help.lower() else []
+        notes = [", ".join(entry.choices)] if entry.choices else unit
         text = f"{entry.help} ({notes[0]})" if notes else entry.help
         lines.append(f"| `{path}` | {f'`{entry.flag}`' if entry.flag else ''} | {default} | {text} |")
     return "\n".join(lines)

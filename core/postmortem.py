@@ -103,7 +103,7 @@ class Facts:
             self.stage, self.step, self.end, self.error = _word(event.get("name")), 0, {}, {}
         elif kind == "totals":
             self.total, self.step = _whole(event.get("steps")), _whole(event.get("resumed_step"))
-        elif kind == "log":
+        elif kind in ("log", "step"):
             self.step, self.stage = _whole(event.get("step")), self.stage or _word(event.get("stage"))
         elif kind == "gpu":
             self.samples.append(event)

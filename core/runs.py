@@ -307,7 +307,7 @@ def summary(run: Run, tail_bytes: int = 65_536) -> dict[str, Any]:
     """What the history shows of a run, from the head and the tail of its log: cheap for a thousand runs.
 
     Keys: name, status, method, model, note, pinned, created, started (unix seconds or None), duration_s, stage, step,
-    loss, margin.
+    total_steps (0 where the tail does not tell), left_s (of the stage that runs, or None), loss, margin.
     """
     state = RunState(name=run.name)
     for event in head_and_tail(run.events_path, tail_bytes):
@@ -333,6 +333,8 @@ def summary(run: Run, tail_bytes: int = 65_536) -> dict[str, Any]:
         "duration_s": round(max(0.0, until - begun - state.paused_s), 1) if begun and until else None,
         "stage": current.name if current else None,
         "step": current.step if current else 0,
+        "total_steps": current.total_steps if current else 0,
+        "left_s": round(current.eta_s, 1) if live and current and current.eta_s is not None else None,
         "loss": next((stage.last("loss") for stage in reversed(training) if stage.last("loss") is not None), None),
         "margin": next((m for stage in reversed(training) if (m := stage.last("rewards/margins")) is not None), None),
     }

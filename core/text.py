@@ -48,7 +48,8 @@ def number(value: float | None, digits: int = 4) -> str:
     if value is None or value != value:
         return "–"
     if value and (abs(value) < 10**-digits or abs(value) >= 1e6):
-        return f"{value:.2e}"
+        mantissa, exponent = f"{value:.2e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
     return f"{value:.{digits}g}" if abs(value) < 10 ** min(digits, 3) else f"{value:,.0f}"
 
 

@@ -131,9 +131,10 @@ def train_stage(run: Run, plan: Plan, name: str, base: str, reporter: Reporter) 
         **data.report(),
     )  # fmt: skip
     history = history_of(checkpoint) if checkpoint else []
-    if checkpoint and patience_is_over(history, stage):  # it had stopped early and was not saved
-        load_adapter_weights(loaded.model, checkpoint)
-        best.tell(history)
+    if checkpoint and ((early := patience_is_over(history, stage)) or step_of(checkpoint) >= steps):
+        load_adapter_weights(loaded.model, checkpoint)  # it was through and not saved; the trainer would take one more
+        if early:
+            best.tell(history)
     else:
         with reporter.phase("train", f"from step {step_of(checkpoint)}" if checkpoint else ""):
             reporter.in_training = True

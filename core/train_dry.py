@@ -63,14 +63,14 @@ def dry_run(plan: Plan, *, load: bool) -> dict[str, Any]:
             "longest_rows": _longest(data.training), "longest_held_out": _longest(data.held_out),
         }  # fmt: skip
         text.append(
-            f"{name.upper()}: {report['examples']} examples, {report['tokens']:,} tokens an epoch "
-            f"({report['trained_tokens']:,} trained), longest {report['longest']}; {per_epoch:.0f} steps of "
-            f"{stage.effective_batch} examples an epoch, {steps} in all"
+            f"{name.upper()}: {report['examples']:,} examples, {report['tokens']:,} tokens an epoch "
+            f"({report['trained_tokens']:,} trained), the longest row {report['longest']:,}; {per_epoch:,.0f} steps of "
+            f"{stage.effective_batch} examples an epoch, {steps:,} in all"
         )
         text += [f"  {notice}" for notice in data.notices]
-        text += [f"  left out: {count} × {reason}" for reason, count in report["left_out_reasons"].items()]
+        text += [f"  left out: {count:,} × {reason}" for reason, count in report["left_out_reasons"].items()]
         if report["held_out"]:
-            text.append(f"  {report['held_out']} rows held out for evaluation")
+            text.append(f"  {report['held_out']:,} rows held out for evaluation")
         if isinstance(stage, KTOPlan):
             desirable, undesirable = kto_weights(stage, data.labels)
             text.append(f"  weights: desirable {desirable:g}, undesirable {undesirable:g}")

@@ -16,13 +16,16 @@ from core.train_alarms import is_finite
 
 __all__ = ["RESUME_ADVICE", "EventCallback", "Reporter", "Stopped"]
 
+TELL_S = 5.0
+"""Steps between two logs are told this often: on a slow machine a log is minutes from the next."""
+
 
 class EventCallback(TrainerCallback):
     """Turns logs and saves into events; stops the trainer when asked; keeps the newest checkpoints and the best."""
 
     def __init__(self, reporter: Reporter, keep: int) -> None:
         self.reporter, self.keep = reporter, keep
-        self.last_time = time.monotonic()
+        self.last_time = self.last_told = time.monotonic()
         self.last_tokens: float | None = None
         self.cost_s = 0.0
         self.spoilt = False
@@ -40,6 +43,9 @@ class EventCallback(TrainerCallback):
         if self.reporter.stop_asked:
             control.should_training_stop = True
             control.should_save = True
+        if not control.should_log and time.monotonic() - self.last_told >= TELL_S:
+            self.reporter.event("step", step=state.global_step)
+            self.last_told = time.monotonic()
 
     def on_log(
         self,
@@ -62,6 +68,7 @@ class EventCallback(TrainerCallback):
             if torch.cuda.is_available():
                 fields["vram_peak_bytes"] = torch.cuda.max_memory_reserved()
             self.reporter.event("log", **fields)
+            self.last_told = time.monotonic()
         self.cost_s += time.perf_counter() - begun
 
     def _pace(self, tokens: float | None) -> dict[str, float]:

@@ -159,27 +159,30 @@ def line_of(event: Event, state: RunState) -> str:
 
 def _line_of(event: Event, state: RunState) -> str:
     kind = event["kind"]
-    stage = str(event.get("stage") or event.get("name") or "")
+    name = str(event.get("stage") or event.get("name") or "")
+    stage = name.upper()
     if kind == "stage_start":
-        return f"{stage.upper()}: started" + (f" from {event['base']}" if event.get("base") else "")
+        return f"{stage}: started" + (f" from {event['base']}" if event.get("base") else "")
     if kind == "phase" and "seconds" not in event:
         return f"{stage}: {event.get('name')} {event.get('detail', '')}".rstrip()
     if kind == "totals" and event.get("examples"):
         resumed = f", from step {event['resumed_step']}" if event.get("resumed_step") else ""
         return (
-            f"{stage}: {event['examples']} examples, {event.get('tokens', 0):,} tokens, "
-            f"{event.get('left_out', 0)} rows left out, {event.get('steps')} steps of {event.get('batch')}{resumed}"
+            f"{stage}: {event['examples']:,} examples, {event.get('tokens', 0):,} tokens, "
+            f"{event.get('left_out', 0):,} rows left out, {event.get('steps') or 0:,} steps "
+            f"of {event.get('batch')} examples{resumed}"
         )
     if kind == "log" and "loss" in event:
-        return f"{stage}: {metrics_line(state.stage(stage))}"
+        return f"{stage}: {metrics_line(state.stage(name))}"
     if kind == "eval":
-        shown = {k: v for k, v in event.items() if k in ("eval_loss", "eval_rewards/margins")}
+        named = (("eval_loss", "held-out loss"), ("eval_rewards/margins", "held-out margin"))
+        shown = {word: event[key] for key, word in named if key in event}
         return f"{stage}: step {event.get('step')}  " + "  ".join(f"{k} {number(v)}" for k, v in shown.items())
     if kind == "checkpoint":
         return f"{stage}: checkpoint at step {event.get('step')}"
     if kind in ("notice", "error"):
         word = "error: " if kind == "error" else ""
-        text = event.get("text") or event.get("message") or ""
+        text = str(event.get("text") or event.get("message") or "").removeprefix(f"{stage}: ").removeprefix(f"{stage} ")
         return f"{stage}: {word}{text} {event.get('advice') or ''}".rstrip().removeprefix(": ")
     if kind == "waiting":
         return f"waits for {event.get('device')}: {event.get('holder') or 'another run'} trains there"
@@ -195,8 +198,10 @@ def _line_of(event: Event, state: RunState) -> str:
 
 
 def metrics_line(stage: StageState) -> str:
-    """Step, loss or margin, pace and ETA of a stage."""
-    parts = [f"step {stage.step}/{stage.total_steps}"]
+    """Step, time left, loss or margin, and pace of a stage: what matters most first, where the rest is cut off."""
+    parts = [f"{'answer' if stage.name == 'evaluate' else 'step'} {stage.step:,}/{stage.total_steps:,}"]
+    if stage.eta_s is not None and stage.state == "running" and stage.step < stage.total_steps:
+        parts.append(f"{duration(stage.eta_s)} left")
     loss, margin = stage.last("loss"), stage.last("rewards/margins")
     if stage.series.get("loss"):
         newest = stage.series["loss"][-1][1]
@@ -205,8 +210,6 @@ def metrics_line(stage: StageState) -> str:
         parts.append(f"margin {number(margin, 3)}  kl {number(stage.last('kl'), 3)}")
     if (rate := stage.last("tokens_per_s")) is not None:
         parts.append(f"{number(rate)} tokens/s")
-    if stage.eta_s is not None and stage.state == "running":
-        parts.append(f"{duration(stage.eta_s)} left")
     return "  ".join(parts)
 
 
@@ -225,7 +228,7 @@ class _Plain(_View):
 
 class _Words(ProgressColumn):
     def render(self, task: Task) -> Text:
-        return Text(str(task.fields.get("words", "")))
+        return Text(str(task.fields.get("words", "")), no_wrap=True, overflow="ellipsis")
 
 
 class _Bar(_View):
@@ -334,7 +337,8 @@ def show_end(out: Console, run: Run, state: RunState, end: str) -> None:
         out.print(table)
     for stage in state.stages:
         if stage.output and stage.state == "done" and stage.name not in EXPORT_STAGES:
-            say(f"{stage.name}: {run.path / stage.output}")
+            what = "evaluation" if stage.name == "evaluate" else f"{stage.name.upper()} result"
+            say(f"{what}: {run.path / stage.output}")
     for what, event in state.artefacts.items():
         say(f"{what}: {event.get('path') if '://' in str(event.get('path')) else run.path / str(event.get('path'))}")
     if end in ("failed", "crashed"):
@@ -342,6 +346,9 @@ def show_end(out: Console, run: Run, state: RunState, end: str) -> None:
         say(f"Log: {run.log_path}")
     if end in ("failed", "crashed", "stopped", "aborted"):
         say(f"Resume: finetui resume {run.name}")
+    elif end == "done":
+        say(f"Next: finetui chat {run.name} talks with it, finetui report {run.name} writes a page to send,")
+        say("      finetui alone opens the app with every run.")
 
 
 def show_card(run: Run, end: str, say: Callable[..., None]) -> None:

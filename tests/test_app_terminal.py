@@ -131,7 +131,7 @@ def test_by_keys_alone_from_the_wizard_through_death_and_stop_to_the_end(
     terminal.press("Enter")
     terminal.shows("✔ ready", "1,200 steps of 4", "finetui sft --model-name")
     terminal.press("Enter")
-    terminal.shows("● running", "tokens/s", "/1200", limit_s=120)
+    terminal.shows("● running", "tokens/s", "/1,200", limit_s=120)
     [run] = list_runs(tmp_path / "runs")
     os.kill(terminal.pid("pane_pid"), signal.SIGKILL)
     wait_until(lambda: not terminal.text)
@@ -147,7 +147,7 @@ def test_by_keys_alone_from_the_wizard_through_death_and_stop_to_the_end(
     terminal.press("r")
     terminal.shows("● running")
     terminal.press("Enter")
-    terminal.shows("✔ done after", "1200/1200", limit_s=180)
+    terminal.shows("✔ done after", "1,200/1,200", limit_s=180)
     resumed = run.state().stage("sft").series["loss"]
     assert [step for step, _ in resumed] == sorted({step for step, _ in resumed}) and resumed[-1][0] == 1200
     terminal.press("q")

@@ -92,6 +92,11 @@ def test_the_demos_rows_beside_rows_of_ones_own_are_warned_of(
     told = said("sft-kto", "--set", f"sft.data.file={path}", "--detach", "--runs-dir", tmp_path / "runs")
     assert "KTO trains on the demo's rows" in told and "--set kto.data.file=FILE" in told
     assert "--set kto.data.file=FILE" in refused("sft-kto", "--local-file", path, "--dry-run")
+    words = ("sft-kto", "--set", f"sft.data.file={path}", "--json", "--runs-dir", tmp_path / "runs")
+    assert "KTO trains on the demo's rows" in json.loads(said(*words, "--detach"))["notices"][0]
+    monkeypatch.setattr("core.commands.follow", lambda run, **how: 0)
+    lines = [json.loads(line) for line in said(*words).splitlines()]
+    assert [line["kind"] for line in lines] == ["notice"] and "KTO trains on the demo's rows" in lines[0]["text"]
 
 
 def test_foreign_text_reaches_no_terminal(refused: Refused, said: Callable[..., str], tmp_path: Path) -> None:
@@ -429,3 +434,12 @@ def test_an_empty_source_is_refused_and_starts_no_demo(refused: Any, flag: str) 
 def test_a_command_that_is_nearly_right_is_named(refused: Refused) -> None:
     assert "There is no command 'chek'" in (text := refused("chek", "x")) and "Did you mean check?" in text
     assert "is no name on the Hub" in refused("sft", "--dataset-name", "/tmp/new")
+
+
+def test_the_folder_of_runs_may_stand_before_the_command(
+    said: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FINETUI_RUNS", str(tmp_path / "others"))
+    assert f"No runs in {tmp_path / 'mine'}." in said("--runs-dir", tmp_path / "mine", "runs")
+    monkeypatch.setattr("core.cli.open_app", lambda: print(os.environ["FINETUI_RUNS"]) or 0)
+    assert said("--runs-dir", tmp_path / "mine").strip() == str(tmp_path / "mine")

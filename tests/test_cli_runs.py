@@ -119,8 +119,8 @@ def test_a_resume_tells_what_is_new(said: Callable[..., str], ended: Run, monkey
     monkeypatch.setattr("core.commands.runner.resume", resume)
     told = said("resume", "ended")
     assert "Run ended started again" in told and "SFT was done before" in told
-    assert "KTO: started" in told and "kto: step 7" in told
-    assert "SFT: started" not in told and "sft: step" not in told and "rows left out" not in told
+    assert "KTO: started" in told and "KTO: step 7" in told
+    assert "SFT: started" not in told and "SFT: step" not in told and "rows left out" not in told
     assert [json.loads(line)["kind"] for line in said("resume", "ended", "--json").splitlines()][0] == "run_start"
 
 

@@ -267,3 +267,13 @@ def test_contents_count_labels_turns_and_tools(file: WriteFile) -> None:
     shape = content_shape(Ledger.of([Source(survey(file(rows)))], "sft", include_undesirable=True))
     assert shape["labels"] == {"true": 1, "false": 1, "none": 1} and shape["tools"] == {"set_timer": 3}
     assert shape["turns"] == {"user, assistant": 2, "2 × (user, assistant)": 1}
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [([None, None], "2 rows without a label, left out."), ([None, True], "1 row without a label, beside labelled")],
+)
+def test_what_is_said_of_rows_without_a_label(labels: list[bool | None], words: str, file: WriteFile) -> None:
+    rows = [{"prompt": f"q{n}", "completion": "a", "label": label} for n, label in enumerate(labels)]
+    entry = one(found(file(rows), "kto"), "unlabelled")
+    assert entry.text.startswith(words)

@@ -21,6 +21,7 @@ from tui.data_room import DataRoom
 from tui.data_views import fewer, histogram_lines, wrapped
 from tui.draft import Draft, RowsDraft, command_line, load_draft
 from tui.draft import draft_of as draft_of_plan
+from tui.widgets import Choice
 
 pytestmark = pytest.mark.usefixtures("own_cache_and_no_gpu")
 ROWS = [good(f"Question {n} " + "more " * n, n % 2 == 0, answer=f"Answer {n}") for n in range(30)]
@@ -282,3 +283,19 @@ def test_saved_plans_carry_what_the_page_was_told(tmp_path: Path) -> None:
     save_plan(found, tmp_path / "plan.yaml")
     data = load_plan(tmp_path / "plan.yaml").sft.data
     assert data.columns == values["sft.data.columns"] and data.files == values["sft.data.files"]
+
+
+async def test_a_number_leads_from_a_stages_lines_into_its_rows_and_escape_back(
+    tmp_path: Path, tiny_model: Path, rows_file: Callable[..., Path]
+) -> None:
+    app = WizardApp(draft_of("sft-kto", tiny_model, rows_file(ROWS)), tmp_path)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await until(pilot, lambda: room(app).here.look.get("whole"))
+        choices = list(app.wizard.query(Choice))
+        choices[1].focus()
+        await pilot.press("2")
+        await until(pilot, lambda: app.focused is room(app) and room(app).stage == "kto" and chosen(app)[0][0] == "2")
+        await pilot.press("right", "left")
+        assert app.wizard.draft.data["kto"].kind == "file"
+        await pilot.press("escape")
+        await until(pilot, lambda: app.focused is choices[1])

@@ -327,3 +327,10 @@ def test_a_malformed_event_leaves_a_word_and_the_rest_stands() -> None:
         "an event of kind checkpoint is malformed", "an event of kind log is malformed"
     ]  # fmt: skip
     assert state.stage("sft").series["loss"] == [(1, 2.0), (2, 1.0)]
+
+
+def test_steps_between_two_logs_move_the_stage_and_its_time_left() -> None:
+    begun = ({"kind": "totals", "stage": "sft", "steps": 20}, step(1, loss=3.0))
+    stage = folded(*begun, *({"kind": "step", "stage": "sft", "step": number} for number in (2, 3, 4))).stage("sft")
+    assert (stage.step, stage.state, stage.eta_s) == (4, "running", 16.0)
+    assert stage.series["loss"] == [(1, 3.0)]

@@ -165,6 +165,13 @@ def test_the_presets_needs_grow_with_their_size() -> None:
     assert preset_needs("sft", cards=True)["20b"] < 24
 
 
+def test_the_table_of_sizes_and_the_review_need_the_same_for_the_same_rows() -> None:
+    lengths = {"sft": Lengths([900, 300, 64])}
+    plan = settle(resolve("sft", None, {"model.size": ("135m", "x")}, gpu_present=False)).plan
+    judged = verdicts(plan, lengths, Place("here", 2**40, 2**40), None)["sft"]
+    assert judged and preset_needs("sft", cards=False, lengths=lengths)["135m"] == judged.estimate.total / GIB
+
+
 def test_fit_says_item_by_item_what_is_needed_and_whether_it_is_there(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -297,7 +297,7 @@ def test_a_malformed_event_of_a_known_kind_is_shown_without_harm(named: MakeName
     out = Console(file=io.StringIO(), width=80)
     out.print(runs_table([summary(run)]))
     show_run(out, run)
-    assert line_of(events[0], run.state()).startswith("sft: step 1")
+    assert line_of(events[0], run.state()).startswith("SFT: step 1")
     assert isinstance(line_of(events[1], run.state()), str)
 
 

@@ -228,6 +228,17 @@ def test_a_stage_that_stopped_early_and_was_killed_before_it_was_saved_does_not_
     assert all(torch.equal(value, last[key]) for key, value in final.items())
 
 
+def test_a_stage_that_took_its_last_step_and_was_killed_before_it_was_saved_takes_none_more(make_run: MakeRun) -> None:
+    run = make_run("sft", sft__max_steps=3, sft__save_steps=3)
+    Stage(run, "sft").trainer.train()
+    before, checkpoint = losses(run, "sft"), run.newest_checkpoint("sft")
+    assert checkpoint is not None and checkpoint.name == "checkpoint-3"
+    assert train.train_stage(run, run.plan(), "sft", "", Reporter(run, "sft")) is False
+    assert losses(run, "sft") == before and run.state().stage("sft").step == 3 and run.trained("sft")
+    final, last = (load_file(f / "adapter_model.safetensors") for f in (run.final_model("sft"), checkpoint))
+    assert all(torch.equal(value, last[key]) for key, value in final.items())
+
+
 def test_without_a_checkpoint_of_the_best_step_the_last_model_stays_and_that_is_said(
     make_run: MakeRun, tmp_path: Path
 ) -> None:

@@ -1,5 +1,6 @@
 """What is trained: batches, masks, references and losses, with real trainers on the tiny model."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -362,3 +363,12 @@ def test_real_files_train_for_every_method_they_suit(path: Path, make_run: MakeR
         assert report["examples"] + report["left_out"] == report["rows"]
         stage.trainer.train()
         assert len(stage.logs) == 2 and all(math.isfinite(entry["loss"]) for entry in stage.logs)
+
+
+def test_steps_are_told_between_two_logs(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("core.train_events.TELL_S", 0.0)
+    run = make_run("sft", sft__max_steps=5, sft__logging_steps=3)
+    Stage(run, "sft").trainer.train()
+    told = [(event["kind"], event["step"]) for event in map(json.loads, run.events_path.read_text().splitlines())
+            if event["kind"] in ("log", "step")]  # fmt: skip
+    assert told == [("log", 1), ("step", 2), ("log", 3), ("step", 4), ("log", 5)]

@@ -227,7 +227,7 @@ def test_steps_are_said_as_training_counts_them() -> None:
     assert consequence(plan, "sft.num_train_epochs", counts) == "56 steps in all, ended by max_steps after 0.47 epochs"
     assert consequence(plan, "sft.warmup_ratio", counts) == "3 of 56 steps"
     assert consequence(plan, "sft.max_length", counts) == "the longest row kept has 71 tokens"
-    assert consequence(plan, "lora.r", counts) == "alpha / r = 2"
+    assert consequence(plan, "lora.alpha", counts) == "alpha / r = 2"
     assert consequence(plan, "kto.batch_size", {}) == "4 × 1 = 4 examples a step"
     assert "72 steps of 4 examples; an epoch is 80 steps, 320 examples" in stage_words(plan, "kto", counts["kto"])
     assert stage_words(plan, "kto", None) == "72 steps of 4 examples"
@@ -343,7 +343,7 @@ def test_differences_name_only_what_both_plans_have() -> None:
 
     assert differences(plan("sft"), plan("sft", name="other", note=HOSTILE)) == []
     found = differences(plan("sft", sft__data__demo=True), plan("sft-kto", sft__data__file="x.jsonl"))
-    assert ("method", "sft", "sft-kto") in found and ("sft.data.demo", "True", "False") in found
+    assert ("method", "sft", "sft-kto") in found and ("sft.data.file", "the demo's rows", "x.jsonl") in found
     assert not [path for path, _, _ in found if path.startswith("kto.")]
 
 

@@ -52,9 +52,9 @@ class CompareScreen(Room[None]):
     """Two to six runs, live or past."""
 
     BINDINGS = [
-        Binding("m", "metric(1)", "Next metric"),
+        Binding("m", "metric(1)", "Metric"),
         Binding("M", "metric(-1)", "Metric before", show=False),
-        Binding("t", "axis", "Steps, time, examples"),
+        Binding("t", "axis", "Axis"),
         Binding("a", "answers", "Answers"),
         Binding("e", "view('smooth')", "Smooth"),
         Binding("y", "view('log')", "Log scale"),

@@ -43,6 +43,7 @@ from tui.widgets import Banner, StepBar, Words, status_words
 
 PERIOD_S = 1.0
 GIVE_WAY_S = 1.0
+PANEL_KEYS = ("m more", "e smooth", "y log", "z zoom")
 SHORT = {"learning rate": "rate", "gradient norm": "gradient", "utilisation": "use", "temperature": "heat"}
 
 
@@ -220,7 +221,9 @@ class DashboardScreen(RunRoom):
         anything = any(points for panel in found for _, points in panel.lines)
         grid.display = self.query_one("#panels").display = anything
         grid.show(found, self.first_panel, self.view)
-        self.query_one("#panels", Words).say(panel_words(found, grid.shown(), self.view, name))
+        self.query_one("#panels", Words).say(
+            panel_words(found, grid.shown(), self.view, name, self.query_one("#panels").size.width)
+        )
 
     def trained(self) -> list[StageState]:
         """The stages that have curves."""
@@ -371,15 +374,23 @@ def fix_and_resume(run: Run, found: Remedy) -> None:
     runner.resume(run)
 
 
-def panel_words(found: list[Panel], shown: range, view: View, stage: str) -> Content:
-    """The curves there are by number, those on the screen bold, and how they are looked at."""
-    parts: list[Any] = []
+def panel_words(found: list[Panel], shown: range, view: View, stage: str, width: int = 0) -> Content:
+    """The curves there are by number, those on the screen bold, and how they are looked at; no number alone at the
+    end of a line of `width` cells."""
+    labels: list[tuple[str, str]] = []
     for index, panel in enumerate(found[:9]):
         name = clean(panel.title.removeprefix(f"{stage} "), 40)
         name = SHORT.get(name, name)[:14]
         hue = "bold underline" if index in shown else "$foreground-muted"
-        parts += [(f"{index + 1} {name}", hue), "  "]
-    more = f"+{len(found) - 9}  " if len(found) > 9 else ""
-    if said := view.words():
-        return Content.assemble(*parts, more, (said, "bold reverse"))
-    return Content.assemble(*parts, (f"{more}m more  e smooth  y log  z zoom", "$foreground-muted"))
+        labels.append((f"{index + 1} {name}", hue))
+    if len(found) > 9:
+        labels.append((f"+{len(found) - 9}", "$foreground-muted"))
+    said = view.words()
+    keys = [(said, "bold reverse")] if said else [(key, "$foreground-muted") for key in PANEL_KEYS]
+    parts, at = list[Any](), 0
+    for label, hue in [*labels, *keys]:
+        if at and width and at + len(label) > width:
+            parts, at = [*parts, "\n"], 0
+        parts += [(label, hue), "  "]
+        at += len(label) + 2
+    return Content.assemble(*parts[:-1])

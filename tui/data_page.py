@@ -57,6 +57,7 @@ class DataPage(Page):
         self.troubles: Mapping[str, FinetuiError | None] = {}
         """What is in the way of training on the rows of each stage, as far as they are known."""
         self._held: set[str] = set()
+        self._said: dict[str, Content] = {}
 
     @property
     def waits_for_rows(self) -> bool:
@@ -131,8 +132,15 @@ class DataPage(Page):
             self.query_one(f"#rows-{stage}").display = not self.close or stage == room.stage
 
     def action_view(self, view: int) -> None:
-        """A view of the data room, from anywhere but a line that is typed into."""
-        self.query_one(DataRoom).action_view(view)
+        """Into the data room, to a view of the rows on whose lines the focus is; from anywhere but a line itself."""
+        room = self.query_one(DataRoom)
+        room.turn_to(self._focused_stage)
+        room.action_view(view)
+        room.focus()
+
+    @on(DataRoom.Left)
+    def room_left(self, event: DataRoom.Left) -> None:
+        self.query_one(f"#rows-{event.stage}").query_one(Choice).focus()
 
     def action_columns(self) -> None:
         """Say which column of the rows is what, of the stage in whose lines the focus is."""
@@ -158,13 +166,28 @@ class DataPage(Page):
 
     def report(self, stage: str, words: Content) -> None:
         """Say what is known of the rows of a stage."""
+        self._said[stage] = words
         own = [other.upper() for other in self.draft.stages if self.draft.data[other].kind != "demo"]
         if stage in self._held and (error := self.troubles.get(stage)):
             words = Content.assemble(("Not yet. ", "bold"), problem_words(error))
         elif own and self.draft.data[stage].kind == "demo":
             warning = f"! {stage.upper()} would learn the demo's made-up tool calls, not what {own[0]} learns."
             words = Content.assemble((warning, "$text-warning"), "  ←/→ chooses.\n", words)
+        elif self.troubles.get(stage) and self._half_typed(stage):
+            words = Content("")
         self.query_one(f"#rows-{stage}").query_one(".report", Words).say(words)
+
+    def _half_typed(self, stage: str) -> bool:
+        """Whether a path is being typed that could still become one that is there."""
+        block = self.query_one(f"#rows-{stage}")
+        line = block.query_one(".file", PathLine)
+        return line.has_focus and bool(line.value) and any(words.display for words in block.query(".candidates"))
+
+    @on(PathLine.Offered)
+    def offered(self, event: PathLine.Offered) -> None:
+        super().offered(event)
+        stage = self._stage_of(event.line)
+        self.report(stage, self._said.get(stage, Content("")))
 
     @staticmethod
     def _stage_of(widget: Widget) -> str:

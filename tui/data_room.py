@@ -97,7 +97,9 @@ class DataRoom(VerticalScroll, can_focus=True):
         Binding("m", "ask('columns')", "Columns"),
         Binding("f", "ask('fetch')", "Fetch now"),
         Binding("l", "ask('ledger')", "Ledger"),
-        Binding("enter", "open", "Next"),
+        Binding("enter", "show_row", "Show row"),
+        Binding("enter", "done", "Next"),
+        Binding("escape", "leave", "Back"),
     ]
 
     @dataclass
@@ -117,6 +119,12 @@ class DataRoom(VerticalScroll, can_focus=True):
     class LimitKept(Message):
         stage: str
         at: int
+
+    @dataclass
+    class Left(Message):
+        """Back to the lines that name the rows."""
+
+        stage: str
 
     @dataclass
     class Asked(Message):
@@ -162,6 +170,8 @@ class DataRoom(VerticalScroll, can_focus=True):
             "ids": self.view == ROWS,
             "move": self.view != CONTENTS,
             "keep_limit": self.view == LENGTHS and here.limit_at not in (0, here.kept_limit),
+            "show_row": self.view == FINDINGS and bool(here.findings),
+            "done": self.view != FINDINGS or not here.findings,
             "count_all": self.view == LENGTHS and bool(here.count) and not here.count["exact"],
         }
         if action == "ask":
@@ -206,6 +216,7 @@ class DataRoom(VerticalScroll, can_focus=True):
             if self.view == (FINDINGS if self.turned else ROWS):  # where there is no row to see, there is why
                 self.view = ROWS if self.turned else FINDINGS
             self.turned = bool(look["problem"])
+        self.refresh_bindings()
         self.paint()
 
     def tell_hub(self, stage: str, found: Reply) -> None:
@@ -295,12 +306,12 @@ class DataRoom(VerticalScroll, can_focus=True):
         else:
             self.scroll_relative(y=by, animate=False)
 
-    def action_open(self) -> None:
-        """From a finding to its row; else to the next page."""
-        if self.view == FINDINGS and self.here.findings:
-            self._show_place(0)
-        else:
-            self.screen.post_message(self.Done())
+    def action_show_row(self) -> None:
+        """From a finding to its row."""
+        self._show_place(0)
+
+    def action_done(self) -> None:
+        self.screen.post_message(self.Done())
 
     @dataclass
     class Done(Message):
@@ -320,11 +331,18 @@ class DataRoom(VerticalScroll, can_focus=True):
         self.post_message(self.Wanted(self.stage))
 
     def action_other_stage(self) -> None:
-        self.stage = self.stages[(self.stages.index(self.stage) + 1) % len(self.stages)]
-        self.place = None
-        self.refresh_bindings()
-        self.paint()
-        self.post_message(self.Wanted(self.stage))
+        self.turn_to(self.stages[(self.stages.index(self.stage) + 1) % len(self.stages)])
+
+    def turn_to(self, stage: str) -> None:
+        """Show another stage's rows."""
+        if stage != self.stage:
+            self.stage, self.place = stage, None
+            self.refresh_bindings()
+            self.paint()
+            self.post_message(self.Wanted(self.stage))
+
+    def action_leave(self) -> None:
+        self.post_message(self.Left(self.stage))
 
     def action_ids(self) -> None:
         self.ids = not self.ids

@@ -69,6 +69,11 @@ class Draft(BaseModel):
             and all(self.data[stage].kind == "demo" for stage in self.stages)
         )
 
+    @property
+    def untouched(self) -> bool:
+        """Whether nothing was chosen yet but perhaps the method."""
+        return self == Draft(method=self.method)
+
     def changed(self) -> dict[str, str]:
         """The settings that differ from the presets, of the chosen stages only."""
         return {

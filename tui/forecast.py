@@ -38,13 +38,15 @@ class Count:
     """The figures come from a sample."""
     longest_rows: tuple[int, ...] = ()
     """Tokens of the longest rows, longest first; empty before they were tokenised."""
+    left_out: int = 0
 
     @classmethod
     def of_reply(cls, reply: Mapping[str, Any]) -> "Count":
         """From what `core.lens` counted."""
+        reasons = reply["totals"]["reasons"] if reply["totals"] else reply["left_out"]
         return cls(
             reply["examples"], reply["held_out"], reply["tokens"], reply["trained_tokens"], reply["longest"],
-            reply["sampled"] < reply["rows"], tuple(reply["longest_rows"]),
+            reply["sampled"] < reply["rows"], tuple(reply["longest_rows"]), sum(reasons.values()),
         )  # fmt: skip
 
     @classmethod
@@ -67,7 +69,7 @@ def steps_of(plan: Plan, stage: str, count: Count) -> tuple[int, int]:
 def consequence(plan: Plan, path: str, counts: Counts) -> str:
     """What a setting makes of this stage's rows; empty where nothing follows from it alone."""
     stage, _, key = path.partition(".")
-    if path in ("lora.r", "lora.alpha"):
+    if path == "lora.alpha":
         return f"alpha / r = {plan.lora.alpha / plan.lora.r:g}"
     if stage not in plan.training_stages:
         return ""
@@ -112,7 +114,7 @@ def stage_words(plan: Plan, stage: str, count: Count | None) -> str:
     words += f"; an epoch is {epoch:,} steps, {count.examples:,} examples"
     if count.tokens is not None:
         words += f", {count.tokens:,} tokens, {count.trained:,} of them trained"
-    return words
+    return words + (f"; {about}{count.left_out:,} rows left out" if count.left_out else "")
 
 
 # --- memory ---
@@ -146,7 +148,7 @@ def memory_words(plan: Plan, counts: Counts, source: ModelSource | None) -> tupl
     found = verdicts(plan, lengths, place, model_folder(source) if source else None)
     known = {name: judged for name, judged in found.items() if judged}
     parts = [
-        f"{name.upper()} {one.words[0]} {one.estimate.total / GIB:.1f} GiB with {one.estimate.rows} rows at once"
+        f"{name.upper()} {one.words[0]} takes {one.estimate.total / GIB:.1f} GiB with {one.estimate.rows} rows at once"
         for name, one in known.items()
     ]
     parts += [f"{name.upper()} not known for this model" for name, judged in found.items() if not judged]
@@ -154,8 +156,8 @@ def memory_words(plan: Plan, counts: Counts, source: ModelSource | None) -> tupl
     if known:
         name, highest = max(known.items(), key=lambda item: item[1].estimate.total)
         items = ", ".join(f"{item} {gib:.1f}" for item, gib in item_lines(highest.estimate)[:4] if gib >= 0.05)
-        rows = "" if lengths else "for rows as long as allowed, "
-        lines.append(f"{rows}{name.upper() + ': ' if len(found) > 1 else ''}{items}")
+        rows = "" if lengths else "for rows as long as allowed; "
+        lines.append(f"{rows}{name.upper() + ': ' if len(found) > 1 else ''}of these GiB {items}")
     return "\n".join(lines), all(judged.fits for judged in known.values())
 
 
@@ -204,27 +206,36 @@ def differences(before: Plan, now: Plan) -> list[tuple[str, str, str]]:
         section = path.split(".")[0]
         if path in ("name", "note") or (section in ("sft", "kto") and section not in stages):
             continue
+        if path.endswith(".data.demo") and section in before.training_stages and section in now.training_stages:
+            continue  # the rows say it
         old, new = (_value(plan, path) for plan in (before, now))
         if section in ("sft", "kto") and not (section in before.training_stages and section in now.training_stages):
             continue  # the method says it already
         if old != new:
-            found.append((path, _words(old), _words(new)))
+            found.append((path, _words(path, old), _words(path, new)))
     return found
 
 
 def _value(plan: Plan, path: str) -> Any:
+    section, _, key = path.partition(".")
+    if key == "data.file" and plan.stage(section).data.demo:
+        return "the demo's rows"
     value: Any = plan
     for part in path.split("."):
         value = getattr(value, part)
     return value
 
 
-def _words(value: Any) -> str:
+def _words(path: str, value: Any) -> str:
+    if path.endswith(".max_steps") and value == -1:
+        return "by epochs"
+    if isinstance(value, bool):
+        return str(value).lower()
     return number(value) if isinstance(value, float) else "–" if value in (None, "") else str(value)
 
 
 def duration_words(plan: Plan, counts: Counts, runs: list[tuple[Run, Plan]]) -> str:
-    """A rough duration from the newest finished run of the same model on the same device; empty without one."""
+    """A rough duration from the newest run of the same model on the same device that trained; empty without one."""
     if any(stage not in counts or not counts[stage].tokens for stage in plan.training_stages):
         return ""
     for run, other in runs:
@@ -232,8 +243,6 @@ def duration_words(plan: Plan, counts: Counts, runs: list[tuple[Run, Plan]]) -> 
         if not same or not set(plan.training_stages) <= set(other.training_stages):
             continue
         state = run.state()
-        if state.end_status != "done":
-            continue
         total, rates = 0.0, []
         for name in plan.training_stages:
             stage, count = state.stage(name), counts[name]
@@ -316,7 +325,7 @@ def forecast(plan: Plan, counts: Counts, runs_folder: Path, runs: list[tuple[Run
         warnings.append(
             clean(f"{other} trains on this device now: both would be slower and share its memory. {choice}.", 300)
         )
-    unknown = "not known before a run of this model has finished on this device"
+    unknown = "not known before a run of this model has trained on this device"
     lines.append(("Duration", duration_words(plan, counts, runs) or unknown, ""))
     lines.append(("Changed", changed_words(plan, runs), ""))
     return Forecast(lines, warnings, bool(other) and not plan.wait_gpu, idle.index if idle else None)

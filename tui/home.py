@@ -21,14 +21,14 @@ from core.notes import Note, write_note
 from core.paths import cache_dir
 from core.runs import Run, delete_run, request_stop
 from core.stages import TRAINING_STAGES
-from core.text import clean, duration
+from core.text import clean
 from tui.charts import Chart, Panel
 from tui.dashboard import DashboardScreen
 from tui.dialogs import Ask, Ended, PathsScreen, RunRoom
 from tui.follow import LIVE, Follower, History, Snapshot, machine_words
-from tui.report import STAGE_NAMES, end_words, figures, paths_of, settings_words, stage_words
-from tui.rows import cells, count_words, greeting, searched, started
-from tui.widgets import Banner, Line, Words, status_words
+from tui.report import STAGE_NAMES, end_words, figures, paths_of, preview_head, settings_words, stage_words
+from tui.rows import brief, cells, count_words, greeting, searched
+from tui.widgets import Banner, Line, Words
 
 if TYPE_CHECKING:  # the wizard's modules are half of the start-up: they are imported after the first paint
     from tui.draft import Draft
@@ -56,14 +56,14 @@ class RunsTable(DataTable[Text]):
 class HomeScreen(RunRoom):
     BINDINGS = [
         Binding("n", "new", "New"),
-        Binding("d", "demo", "Demo"),
+        Binding("d", "demo", "Demo", show=False),
         Binding("enter", "open", "Open"),
         Binding("s", "stop", "Stop"),
         Binding("r", "resume", "Resume"),
         Binding("x", "delete", "Delete"),
         Binding("g", "again", "Again"),
         Binding("v", "evaluate", "Evaluate"),
-        Binding("i", "try_it", "Try it"),
+        Binding("i", "try_it", "Try"),
         Binding("slash", "filter", "Filter", key_display="/"),
         Binding("space", "mark", "Mark for comparing", show=False),
         Binding("c", "compare", "Compare the marked runs", show=False),
@@ -112,7 +112,7 @@ class HomeScreen(RunRoom):
         self.rows: dict[str, dict[str, Any]] = {}
         self.selected: str | None = None
         self._here = Event()
-        self._left = False
+        self._left = self._drafted = False
         self._keys_for: tuple[str | None, str | None] = (None, None)
         self.all_rows: list[dict[str, Any]] = []
         self.marked: list[str] = []
@@ -183,10 +183,12 @@ class HomeScreen(RunRoom):
 
     def _say_place(self) -> None:
         kept = None
-        if (cache_dir() / "draft.json").exists():
+        self._drafted = (cache_dir() / "draft.json").exists()
+        if self._drafted:
             from tui.draft import STEPS, draft_path, load_draft
 
             kept = load_draft(draft_path())
+            kept = None if kept and kept.untouched else kept
         self.query_one("#draft").display = kept is not None
         if kept:
             self.query_one("#draft", Words).say(f"▸ your draft is kept at {STEPS[kept.step]}: n goes on with it")
@@ -194,6 +196,8 @@ class HomeScreen(RunRoom):
     @on(Listed)
     def listed(self, event: Listed) -> None:
         self.query_one("#machine", Words).say(event.machine)
+        if self._drafted != (cache_dir() / "draft.json").exists():  # another window began or started one
+            self._say_place()
         self._tell_ends(event.rows)
         self.all_rows = event.rows
         self._show_rows()
@@ -275,8 +279,7 @@ class HomeScreen(RunRoom):
 
     def _say_brief(self) -> None:
         row = self.rows.get(self.selected or "")
-        parts = [row["method"], row["model"], f"started {started(row)}", row["note"]] if row else []
-        self.query_one("#brief", Words).say("   ".join(clean(part, 60) for part in parts if part))
+        self.query_one("#brief", Words).say(brief(row) if row else "")
 
     @on(Previewed)
     def previewed(self, event: Previewed) -> None:
@@ -285,14 +288,7 @@ class HomeScreen(RunRoom):
             return
         self._snapshot = snapshot
         state = snapshot.state
-        self.query_one("#preview-head", Words).say(
-            Content("\n").join(
-                [
-                    Content.styled(clean(snapshot.run.name, 60), "bold"),
-                    Content.assemble(status_words(snapshot.status), f"  {duration(snapshot.took_s)}"),
-                ]
-            )
-        )
+        self.query_one("#preview-head", Words).say(preview_head(snapshot))
         trained = [stage for stage in state.stages if stage.name in TRAINING_STAGES and stage.series.get("loss")]
         chart = self.query_one("#preview-chart", Chart)
         chart.display = bool(trained)

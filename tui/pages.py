@@ -15,6 +15,7 @@ from core.backend import gpu_present
 from core.budget import preset_needs
 from core.config import size_presets
 from core.errors import FinetuiError
+from core.memory import Lengths
 from core.paths import runs_dir
 from core.stages import METHODS
 from core.text import clean
@@ -147,23 +148,38 @@ class ModelPage(Page):
         yield Words(id="model-problem")
 
     def on_mount(self) -> None:
-        self._card = card()
+        self._card, self._lengths = card(), dict[str, Lengths]()
         table = self.query_one("#sizes", DataTable)
         two = len(self.draft.stages) > 1
-        table.add_columns("size", "model", "LoRA", "batches" if two else "batch", "GiB", "fits here?")
+        for name in ("size", "model", "LoRA", "batches" if two else "batch", "GiB", "fits here?"):
+            table.add_column(name, key=name)
         needs = preset_needs(self.draft.method, self._card is not None, ASSUMED_TOKENS)
         for size, preset in size_presets().items():
             table.add_row(*(Text(clean(cell, 40)) for cell in self._cells(size, preset, needs[size])), key=size)
         if self._card:
             name, free, total = self._card
             self.query_one("#card", Words).say(f"{clean(name, 60)}: {free:.1f} of {total:.1f} GiB free")
-        batches = "Batches: SFT's, KTO's. " if two else ""
-        self.query_one("#assumes", Words).say(
-            f"{batches}GiB: with rows of {ASSUMED_TOKENS} tokens; the review knows yours."
-        )
+        self._assume(f"for rows of {ASSUMED_TOKENS} tokens; longer ones take more. The review counts with yours.")
         size = self.draft.size or ("7b" if gpu_present() else "135m")
         table.move_cursor(row=list(size_presets()).index(size))
         self.screen.set_focus(self.query_one("#own" if self.draft.model else "#sizes"))
+
+    def _assume(self, words: str) -> None:
+        batches = "Batches: SFT's, KTO's. " if len(self.draft.stages) > 1 else ""
+        self.query_one("#assumes", Words).say(f"{batches}GiB of memory {words}")
+
+    def _count_with_rows(self) -> None:
+        """What the sizes need for the rows of the draft, where they were counted: the review's figures."""
+        lengths = {name: Lengths(count.longest_rows) for name, count in self.counts.items() if count.longest_rows}
+        if not set(self.draft.stages) <= set(lengths) or lengths == self._lengths:
+            return
+        self._lengths = lengths
+        table = self.query_one("#sizes", DataTable)
+        for size, need in preset_needs(self.draft.method, self._card is not None, lengths=lengths).items():
+            table.update_cell(size, "GiB", Text(f"{need:.1f}"))
+            table.update_cell(size, "fits here?", Text(clean(fits(size, need, self._card), 40)))
+        longest = max(count.longest_rows[0] for name, count in self.counts.items() if name in self.draft.stages)
+        self._assume(f"for your rows, the longest of {longest:,} tokens.")
 
     def _cells(self, size: str, preset: dict[str, Any], need_gib: float) -> list[str]:
         stages = [preset[stage] for stage in self.draft.stages]
@@ -206,6 +222,7 @@ class ModelPage(Page):
         error = found.problems.get("model") or found.problems.get("model.name")
         own = found.model if self.draft.model.strip() else ""
         self.query_one("#model-problem", Words).say(problem_words(error) if error else own)
+        self._count_with_rows()
 
 
 def fits(size: str, need_gib: float, found: tuple[str, float, float] | None) -> str:

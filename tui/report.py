@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 FIGURES = (
     ("eval_loss", "held-out loss", 4),
     ("rewards/margins", "margin", 3),
-    ("kl", "kl", 3),
+    ("kl", "KL", 3),
     ("learning_rate", "rate", 3),
     ("grad_norm", "gradient", 3),
 )
@@ -57,12 +57,27 @@ def now_words(snapshot: Snapshot, width: int) -> Content:
     if snapshot.status == "stopping":
         head = Content.assemble(status_words("stopping"), "  ", head)
     done = min(1.0, stage.step / stage.total_steps) if stage.total_steps else 0.0
-    word = "answer" if stage.name == "evaluate" else "step"
-    steps = f"  {word} {stage.step}/{stage.total_steps}" if stage.total_steps else ""
+    steps = f"  {_word(stage)} {stage.step:,}/{stage.total_steps:,}" if stage.total_steps else ""
     left = left_words(stage, snapshot)
     length = max(8, min(60, width - len(steps) - len(left) - 7))
     progress = Content.assemble((bar(done, length), "$text-primary"), f" {100 * done:3.0f} %{steps}{left}")
     return Content("\n").join([head, progress, Content(figures(stage) or _before(stage))])
+
+
+def preview_head(snapshot: Snapshot) -> Content:
+    """The name of a run, its state and, while a stage trains, how far that is."""
+    stage, head = snapshot.state.current, [Content.styled(clean(snapshot.run.name, 60), "bold")]
+    head.append(Content.assemble(status_words(snapshot.status), f"  {duration(snapshot.took_s)}"))
+    if snapshot.live and stage and stage.state == "running" and stage.step and stage.total_steps:
+        name = clean(STAGE_NAMES.get(stage.name, stage.name), 20)
+        left = f", {duration(stage.eta_s)} left" if stage.eta_s and stage.step < stage.total_steps else ""
+        head.append(Content(f"{name} {_word(stage)} {stage.step:,}/{stage.total_steps:,}{left}"))
+    return Content("\n").join(head)
+
+
+def _word(stage: StageState) -> str:
+    """What a stage goes by."""
+    return "answer" if stage.name == "evaluate" else "step"
 
 
 def _starting(state: RunState) -> str:
@@ -74,7 +89,7 @@ def _starting(state: RunState) -> str:
 
 def left_words(stage: StageState, snapshot: Snapshot) -> str:
     """How long this stage still takes, and the moment on the clock at which it is over."""
-    if stage.eta_s is None or not stage.step:
+    if stage.eta_s is None or not 0 < stage.step < stage.total_steps or snapshot.status == "stopping":
         return ""
     ahead = [other for other in snapshot.state.stages if other.state == "waiting"]
     foretold = [_expected_s(other, stage) for other in ahead]
@@ -124,7 +139,8 @@ def _last_figures(snapshot: Snapshot) -> str:
         return "no step was logged"
     stage = trained[-1]
     margin = stage.last("rewards/margins")
-    parts = [f"{STAGE_NAMES[stage.name]} step {stage.step}/{stage.total_steps}", f"loss {number(stage.last('loss'))}"]
+    steps = f"{STAGE_NAMES[stage.name]} step {stage.step:,}/{stage.total_steps:,}"
+    parts = [steps, f"loss {number(stage.last('loss'))}"]
     return "   ".join([*parts, f"margin {number(margin, 3)}"] if margin is not None else parts)
 
 
@@ -249,10 +265,10 @@ def settings_words(plan: "Plan") -> str:
     for name in plan.training_stages:
         stage = plan.stage(name)
         epochs = f"{number(stage.num_train_epochs)} epochs, steps"
-        length = f"{stage.max_steps} steps" if stage.max_steps > 0 else epochs
+        length = f"{stage.max_steps:,} steps" if stage.max_steps > 0 else epochs
         beta = f", β {number(plan.kto.beta)}" if name == "kto" else ""
         rate = number(stage.learning_rate, 3)
-        lines.append(f"{STAGE_NAMES[name]} {length} of {stage.effective_batch}, rate {rate}{beta}")
+        lines.append(f"{STAGE_NAMES[name]} {length} of {stage.effective_batch} rows, rate {rate}{beta}")
     bits = "4-bit" if plan.model.load_in_4bit else plan.model.dtype
     lines.append(f"LoRA r {plan.lora.r}, alpha {plan.lora.alpha}, {bits}, {plan.model.name}")
     return "\n".join(clean(line, 120) for line in lines)
@@ -307,7 +323,8 @@ def stage_words(stage: StageState, snapshot: Snapshot) -> Content:
     totals = stage.totals
     facts = [phases] if phases else []
     if totals.get("examples"):
-        facts.append(f"{totals['examples']} examples, {totals.get('left_out') or 0} left out")
+        left_out = f", {totals['left_out']:,} rows left out" if totals.get("left_out") else ""
+        facts.append(f"{totals['examples']:,} examples{left_out}")
     if stage.checkpoints:
         facts.append(f"checkpoints at {', '.join(map(str, stage.checkpoints[-4:]))}")
     return Content("\n").join(

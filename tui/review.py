@@ -1,5 +1,6 @@
 """The wizard's last page: the plan as the run will use it, what it will take, and whether it can start."""
 
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
@@ -23,6 +24,8 @@ from tui.pages import Page, problem_words
 from tui.settings import GROUPS, is_rows, shown_value, source_of
 from tui.widgets import Words
 
+NAME, VALUE = 28, 24
+"""Cells of the names and values of the plan."""
 READ_S = 1.0
 """On the review for so long, a person is reading it."""
 
@@ -54,6 +57,7 @@ class ReviewPage(Page):
         self.foreseen: Forecast | None = None
         self.starting = False
         self._found: Checked | None = None
+        self._shown: Checked | None = None
 
     def compose(self) -> ComposeResult:
         yield Words(id="what")
@@ -79,7 +83,15 @@ class ReviewPage(Page):
         rows = ", ".join(f"{stage.upper()} on {rows_words(plan, stage)}" for stage in plan.training_stages)
         then = clean(after_words(plan), 200)
         self.query_one("#what", Words).say(Content.assemble((model, "bold"), "\n", f"{clean(rows, 300)}{then}"))
-        self.query_one("#plan", Words).say(plan_words(found, self.draft.stages))
+        self._show_plan(found)
+
+    def on_resize(self) -> None:
+        if self._shown:
+            self._show_plan(self._shown)
+
+    def _show_plan(self, found: Checked) -> None:
+        self._shown = found
+        self.query_one("#plan", Words).say(plan_words(found, self.draft.stages, max(self.size.width - 1, 40)))
 
     def command(self, words: str) -> None:
         self.query_one("#command", Words).say(
@@ -215,8 +227,11 @@ def rows_words(plan: Plan, stage: str) -> str:
     return "the demo's rows" if data.demo else data.file or data.dataset or "no rows yet"
 
 
-def plan_words(found: Checked, stages: list[str]) -> Content:
-    """Every value of the plan that applies, with its source; what was set here is marked."""
+def plan_words(found: Checked, stages: list[str], width: int) -> Content:
+    """Every value of the plan that applies, with its source; what was set here is marked.
+
+    What is too long for one line of `width` cells goes on below its beginning.
+    """
     assert found.resolved
     lines: list[Content] = []
     group = None
@@ -231,6 +246,11 @@ def plan_words(found: Checked, stages: list[str]) -> Content:
         source = clean(source_of(found, path), 80)
         own = "bold" if found.resolved.sources.get(path) == SOURCE else ""
         name = path.removeprefix(f"{section}.") if section else path
-        words = f"{clean(name, 40):<28} {value:<24}  "
-        lines.append(Content.assemble((words, own), (source, own or "$foreground-muted")))
+        head, hue = f"{clean(name, 40):<{NAME}} ", own or "$foreground-muted"
+        room, below = width - NAME - 1, "\n" + " " * (NAME + 1)
+        if max(len(value), VALUE) + 2 + len(source) <= room:
+            lines.append(Content.assemble((f"{head}{value:<{VALUE}}  ", own), (source, hue)))
+        else:
+            whole = below.join(textwrap.wrap(value, room)) or value
+            lines.append(Content.assemble((head + whole, own), below, (source, hue)))
     return Content("\n").join(lines[1:])

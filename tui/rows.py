@@ -8,6 +8,7 @@ from rich.text import Text
 from textual.content import Content
 
 from core.text import clean, duration, number
+from tui.follow import LIVE
 from tui.widgets import status_text
 
 
@@ -25,6 +26,16 @@ def searched(row: dict[str, Any]) -> str:
 
 def started(row: dict[str, Any]) -> str:
     return time.strftime("%d %b %H:%M", time.localtime(row["started"])) if row["started"] else "–"
+
+
+def brief(row: dict[str, Any]) -> str:
+    """A run in a line, where there is no room for a preview: how far it is while it lives, and what it is."""
+    parts = [row["method"], row["model"], f"started {started(row)}", row["note"]]
+    if row["status"] in LIVE and row["step"]:
+        total, left = row["total_steps"], row["left_s"]
+        far = f"step {row['step']}{f'/{total}' if total else ''}"
+        parts.insert(0, f"{str(row['stage']).upper()} {far}{f', {duration(left)} left' if left is not None else ''}")
+    return "   ".join(clean(part, 60) for part in parts if part)
 
 
 def cells(row: dict[str, Any], colours: Mapping[str, str]) -> list[Text]:

@@ -89,6 +89,8 @@ def newest_words(state: RunState, width: int, limit: int = 3) -> Content:
         shown = prompt if len(prompt) <= room else f"{prompt[: room - 1]}…"
         lines.append(Content.assemble((head, "$foreground-muted"), (shown, "bold"), f"  {verdict}"))
         answer = answer_words(sample, before, 600, newlines=False)
+        if not answer.plain.strip():
+            answer = Content.styled("(an empty answer)", "$foreground-muted")
         lines.append(Content.assemble("  ", answer.truncate(max(10, 2 * width), ellipsis=True)))
     if not lines:
         return Content("")

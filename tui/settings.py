@@ -71,10 +71,8 @@ class Setting(Container):
             message = error.message.removeprefix(f"{self.option.path}: ").replace(f", from {SOURCE}", "")
             self.query_one(".help", Words).say(problem_words(FinetuiError(message, error.advice)))
             return
-        unit = f" [{self.option.unit}]" if self.option.unit else ""
-        choices = f": {', '.join(self.option.choices)}" if self.option.choices and self.query(Input) else ""
         then = consequence(found.resolved.plan, self.option.path, counts) if found.resolved else ""
-        words = Content(clean(f"{self.option.help}{choices}{unit}"))
+        words = Content(clean(help_words(self.option, typed=bool(self.query(Input)))))
         if then:
             words = Content.assemble(words, (f"  → {clean(then, 200)}", "$text-accent"))
         self.query_one(".help", Words).say(words)
@@ -114,8 +112,16 @@ def shown_value(plan: Plan, path: str) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, list):
-        return f"[{', '.join(map(str, value))}]"
-    return "" if value is None else str(value)
+        return f"[{', '.join(map(str, value))}]" if value else ""
+    return "" if value is None or value == {} else str(value)
+
+
+def help_words(option: Option, *, typed: bool) -> str:
+    """What an option does, its unit where the help does not name it, and what may be typed where it is `typed`."""
+    aside = [] if not option.unit or option.unit in option.help.lower() else [option.unit]
+    if option.choices and typed:
+        aside.append(f"one{' or more' if option.kind is list else ''} of {', '.join(option.choices)}")
+    return f"{option.help} ({'; '.join(aside)})" if aside else option.help
 
 
 def source_of(found: Checked, path: str) -> str:
