@@ -15,6 +15,7 @@ CHILD_ENV = {
     "DO_NOT_TRACK": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONUNBUFFERED": "1",
+    "PYTHONUTF8": "1",  # what libraries print, read and write is UTF-8 in every locale
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # counts as nvidia-smi and NVML do
     "UNSLOTH_MOE_STACKED_LORA": "0",  # TRL's KTO copies an adapter by its parameters' names, which stacking hides

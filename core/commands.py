@@ -208,7 +208,9 @@ def look(plan: Resolved, how: str) -> dict[str, Any]:
         environment = {**CHILD_ENV, **os.environ, **stage_environment(plan.plan)}
         if how == "data":
             environment["FINETUI_BACKEND"] = "trl"  # rows are tokenised without Unsloth, which takes half a minute
-        child = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
+        child = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", env=environment, cwd=folder
+        )
     lines = child.stdout.strip().splitlines()
     try:
         report = json.loads(lines[-1])

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from core.console import NO_TERMINAL
 from core.evaluation import variant_words
 from core.evaluation_report import share_words
 from core.events import Event, EventTail, RunState, StageState
@@ -68,7 +69,7 @@ def follow_task(
 
 
 def _view() -> "_View":
-    able = os.name == "nt" or os.environ.get("TERM", "") not in ("", "dumb", "unknown")
+    able = os.name == "nt" or os.environ.get("TERM", "") not in NO_TERMINAL
     return _Bar() if sys.stdout.isatty() and able else _Plain()
 
 
