@@ -14,6 +14,11 @@ NO_TERMINAL = ("", "dumb", "unknown")
 """Values of TERM that no control may be sent to."""
 
 
+def keep_others_out() -> None:
+    """What this process and its children make can be written by nobody else, whatever the umask."""
+    os.umask(os.umask(0o077) | 0o002)
+
+
 def speak_utf8() -> None:
     """Start this process over in Python's UTF-8 mode where the locale is of another encoding.
 

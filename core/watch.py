@@ -197,7 +197,7 @@ def _line_of(event: Event, state: RunState) -> str:
 
 def metrics_line(stage: StageState) -> str:
     """Step, loss or margin, pace and ETA of a stage."""
-    parts = [f"step {stage.step}/{stage.total_steps}"]
+    parts = [f"step {stage.step}/{stage.total_steps}" if stage.total_steps else f"step {stage.step}"]
     loss, margin = stage.last("loss"), stage.last("rewards/margins")
     if stage.series.get("loss"):
         newest = stage.series["loss"][-1][1]
@@ -364,7 +364,8 @@ def show_run(out: Console, run: Run) -> None:
         out.print(Text(clean(text), style=style), highlight=False)
 
     say(f"{GLYPHS.get(head['status'], '?')} {run.name}: {head['status']}", STYLES.get(head["status"], "bold"))
-    say(f"{state.method} of {state.model}, {duration(head['duration_s'])}, in {run.path}")
+    what = f"{state.method} of {state.model}" if state.created else "the beginning of its log is gone"
+    say(f"{what}, {duration(head['duration_s'])}, in {run.path}")
     if state.note:
         say(f"note: {state.note}")
     ended = None if head["status"] in ("running", "stopping") else run.events_path.stat().st_mtime
