@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import IO, TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ from core.children import LOCK_ENV, ON_END_ENV, child_environment, runner_enviro
 from core.errors import FinetuiError
 from core.machine_use import boot_id, changed_software, code, oom_kills, system, versions
 from core.paths import TORN, remove_torn
-from core.runs import Run, create_run, find_run, is_alive, process_lives, take_lock, write_holder
+from core.runs import Run, create_run, find_run, is_alive, last_start, process_lives, take_lock, write_holder
 from core.secrets import guard_output
 from core.stages import EXPORT_STAGES, TRAINING_STAGES
 from core.trust import refuse_strangers
@@ -168,7 +168,7 @@ class Runner:
         me = psutil.Process()
         self.run.events.keep_reserve()
         fresh = not any(self.run.stage_path(stage).exists() for stage in self.plan.stages)
-        before = {} if fresh else self.run.state().start
+        before = {} if fresh else last_start(self.run) or {}
         self.software = {
             "version": __version__, "python": sys.version.split()[0], "versions": versions(), "code": code()
         }  # fmt: skip
@@ -185,23 +185,23 @@ class Runner:
                 return self._end("aborted")
             if self.stop_asked():
                 return self._end("stopped")
+            self.look_again()
             index = self.plan.stages.index(stage)
             trained = [name for name in self.plan.stages[:index] if name in TRAINING_STAGES]
             outcome = self._stage(index, stage, trained[-1] if trained else "")
             if outcome != "done":
                 return self._end(outcome)
             self._look_for_wishes()
-            self._look_again()
         return self._end("done")
 
-    def _tell_changes(self, before: Mapping[str, Any]) -> None:
+    def _tell_changes(self, before: dict[str, Any]) -> None:
         """Say what of the software is not what it was when this run was last started."""
-        if changed := changed_software(dict(before), self.software):
+        if changed := changed_software(before, self.software):
             text = f"Changed since this run was last started: {', '.join(changed)}."
             advice = "Losses may differ a little from an unbroken run's."
             self.run.events.append("notice", stage="", level="warning", text=text, advice=advice)
 
-    def _look_again(self) -> None:
+    def look_again(self) -> None:
         """A stage is a process of its own: what was upgraded meanwhile is what the next one trains with."""
         before, self.software = self.software, {**self.software, "versions": versions(), "code": code()}
         self._tell_changes(before)
