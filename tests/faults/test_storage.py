@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,11 @@ from core.checkpoints import MANIFEST, damage, is_complete, sound_checkpoint, wr
 from core.cli import main
 from core.errors import FinetuiError
 from core.events import EventTail
-from core.machine_use import changed_software, code, versions
+from core.machine_use import boot_id, changed_software, code, versions
 from core.plan import KTOPlan, SFTPlan
 from core.postmortem import post_mortem
 from core.reporter import Reporter
-from core.runs import Run, create_run, is_alive, process_lives, status, take_lock
+from core.runs import Run, create_run, is_alive, process_lives, status, summary, take_lock
 from core.train_resume import compare_with_start, resume_point, settings_of, sound_base
 
 HERE = Path(__file__).resolve().parent
@@ -205,7 +206,7 @@ def test_what_was_upgraded_between_stop_and_resume_is_told(named: MakeNamed) -> 
     [notice] = run.state().notices
     assert f"torch 1.0 → {versions()['torch']}" in notice["text"] and "finetui 0.0 → " in notice["text"]
     assert "bitsandbytes 0.1 → none" in notice["text"] and "transformers" not in notice["text"]
-    assert "Python" not in notice["text"]
+    assert "Python" not in notice["text"] and run.state().start["boot"] == boot_id()
     runner.start(run)
     assert finish(run) == "done" and len(run.state().notices) == 1, "nothing was changed since"
 
@@ -283,7 +284,7 @@ def test_a_folder_deleted_while_it_trains_ends_the_run_and_does_not_come_back(ma
     try:
         wait_until(lambda: not is_alive(Run(away)), 60)
         assert not run.path.exists() or not (run.path / "plan.yaml").exists()
-        assert not any(process_lives(pid, started) for pid, started in pids)
+        wait_until(lambda: not any(process_lives(pid, started) for pid, started in pids), 60)
         card = post_mortem(Run(away), "crashed")
         assert card and card.cause.kind == "moved" and "under the name that it has now" in card.cause.advice
     finally:
@@ -370,10 +371,51 @@ def test_a_reboot_with_a_clock_that_was_set_back_and_ids_given_again_leaves_a_ru
         log.write(ahead + "\n")
     run.lock_path.write_text(json.dumps({"pid": os.getpid(), "started": 1.0}))
     assert status(run, run.state().end_status) == "crashed", "this process has the id, and is another"
-    from core.runs import summary
-
     card = post_mortem(run, "crashed")
-    assert card and card.cause.kind in ("restarted", "vanished")
+    assert card and card.cause.kind == ("restarted" if boot_id() else "vanished")
     run.events.append("run_start", pid=1)
     assert (summary(run)["duration_s"] or 0) >= 0
     os.close(take_lock(run, 0.1))
+
+
+def at(run: Run, t: float, kind: str, **fields: Any) -> None:
+    """An event of that time."""
+    with run.events_path.open("a") as log:
+        log.write(json.dumps({"t": t, "kind": kind, **fields}) + "\n")
+
+
+def test_a_clock_that_was_set_back_makes_no_time_negative(named: MakeNamed) -> None:
+    run, ahead = named(), time.time() + 3600
+    at(run, ahead, "run_start", pid=1)
+    at(run, ahead, "stage_start", name="sft")
+    at(run, ahead, "totals", stage="sft", steps=100)
+    assert summary(run)["duration_s"] == 0, "it began in an hour"
+    for step in range(1, 6):
+        at(run, ahead + 10 * step if step < 3 else ahead - 3600 + step, "log", stage="sft", step=step, loss=1.0)
+    stage = run.state().stage("sft")
+    assert stage.eta_s is None and stage.steps_per_second is None, "over the jump no pace is known"
+    for step in range(6, 20):
+        at(run, ahead - 3600 + step, "log", stage="sft", step=step, loss=1.0)
+    assert run.state().stage("sft").eta_s == pytest.approx(81), "and after it, it is"
+    at(run, ahead, "run_end", status="stopped")
+    at(run, ahead - 3600, "run_start", pid=1)
+    assert run.state().paused_s == 0
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs process groups")
+def test_an_abort_ends_no_stranger_that_was_given_the_ids_of_runner_and_trainer(named: MakeNamed) -> None:
+    run = named()
+    stranger = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, start_new_session=True)
+    lock = take_lock(run)
+    try:
+        run.events.append("run_start", pid=stranger.pid, pid_started=1.0)
+        run.events.append("stage_start", name="sft", pid=stranger.pid, pid_started=1.0)
+        runner.abort(run)
+        assert stranger.poll() is None and run.abort_path.exists()
+        assert run.state().end_status == "aborted", "nobody else is there to say so"
+        stranger.communicate(b"\n")
+        assert stranger.returncode == 0
+    finally:
+        stranger.kill()
+        stranger.communicate()
+        os.close(lock)
