@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import IO, Any, cast
 
 NAMES = re.compile(
-    r"(?:^|_)(?:TOKENS?|(?:API)?KEYS?|SECRETS?|PASSWD|PASS|PASSPHRASE|PAT|CREDENTIALS?|JWT|DSN|WEBHOOK|CONNECTION_STRING)(?:$|_)"
+    r"(?:^|_)(?:TOKENS?|(?:API)?KEYS?|SECRETS?|PASSWD|PASSPHRASE|PAT|CREDENTIALS?|JWT|DSN|WEBHOOK|CONNECTION_STRING)(?:$|_)"
     r"|PASSWORD|^SSHPASS$|^MYSQL_PWD$|^FINETUI_ON_END$", re.IGNORECASE,
 )  # fmt: skip
 HUB_NAMES = re.compile(r"^(?:HF|HUGGING_?FACE)_|_PROXY$", re.IGNORECASE)
