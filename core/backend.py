@@ -15,8 +15,8 @@ from core.plan import Plan, StagePlan
 
 
 def gpu_present() -> bool:
-    """Whether NVML sees a card."""
-    return bool(nvml.gpus())
+    """Whether NVML sees a card, and CUDA_VISIBLE_DEVICES does not hide it."""
+    return bool(nvml.visible_card() and nvml.gpus())
 
 
 def installed(package: str) -> bool:
@@ -145,10 +145,10 @@ def _choose_card(plan: Plan) -> None:
 
 def free_bytes(plan: Plan) -> int | None:
     """What PyTorch may take on the plan's card now, CUDA's context and what is left free taken off; None if unknown."""
-    cards = [card for card in nvml.gpus() if card.index == (plan.gpu or 0)]
-    if not cards or cards[0].memory_free_bytes is None:
+    card = nvml.sample_of(nvml.gpus(), nvml.visible_card(plan.gpu))
+    if card is None or card.memory_free_bytes is None:
         return None
-    free = cards[0].memory_free_bytes - CONTEXT - LEFT_FREE
+    free = card.memory_free_bytes - CONTEXT - LEFT_FREE
     return min(free, int(plan.memory_limit * GIB)) if plan.memory_limit else free
 
 

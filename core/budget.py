@@ -45,12 +45,11 @@ def place_of(plan: Plan) -> Place | None:
     if plan.device != "cuda":
         memory = psutil.virtual_memory()
         return Place("this machine (RAM)", memory.total, memory.available)
-    cards = [card for card in gpu.gpus() if card.index == (plan.gpu or 0)]
-    if not cards or not cards[0].memory_total_bytes:
+    card = gpu.sample_of(gpu.gpus(), gpu.visible_card(plan.gpu))
+    if card is None or not card.memory_total_bytes:
         return None
-    free = cards[0].memory_free_bytes
-    total = cards[0].memory_total_bytes
-    return Place(cards[0].name or f"GPU {cards[0].index}", total, total if free is None else free)
+    free, total = card.memory_free_bytes, card.memory_total_bytes
+    return Place(card.name or f"GPU {card.index}", total, total if free is None else free)
 
 
 def need(plan: Plan, name: str, shape: Shape | None, lengths: Lengths, folder: Path | None = None) -> Estimate | None:

@@ -44,8 +44,8 @@ def stage_environment(plan: "Plan") -> dict[str, str]:
     """What a stage's process must find in its environment before it imports anything: its backend, its GPU, and what
     its trackers need."""
     chosen: dict[str, str] = {"FINETUI_BACKEND": plan.backend, **tracker_environment(plan.tracking.report_to)}
-    if plan.device == "cuda" and plan.gpu is not None:
-        chosen["CUDA_VISIBLE_DEVICES"] = str(plan.gpu)
+    if plan.device == "cuda":  # one card: with several in sight transformers would spread a batch over them
+        chosen["CUDA_VISIBLE_DEVICES"] = gpu.visible_card(plan.gpu)
     given = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys()
     # In WSL2 such segments end in "CUDA driver error: unknown error" (pytorch/pytorch#192330).
     if plan.device == "cuda" and not given and not gpu.in_wsl():

@@ -1,6 +1,7 @@
 """What the NVIDIA cards say (NVML). It cannot fail: each figure the driver withholds is None, each error a sentence."""
 
 import importlib
+import os
 import threading
 import time
 from collections.abc import Collection, Iterable
@@ -66,6 +67,23 @@ class GpuSample:
     """True: cut into MIG slices; the figures are the whole card's, a process sees only its slice."""
 
 
+def visible_card(index: int | None = None) -> str:
+    """The one card that a run uses, as CUDA_VISIBLE_DEVICES names it; empty where that variable hides them all.
+
+    The given one, else the first that the variable names (by index, or by uuid), else 0.
+    """
+    if index is not None:
+        return str(index)
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+    return "" if first == "-1" else first
+
+
+def sample_of(samples: Iterable[GpuSample], card: str) -> GpuSample | None:
+    """The sample of the card that is called so."""
+    named = (one for one in samples if card == str(one.index) or (card and (one.uuid or "").startswith(card)))
+    return next(named, None)
+
+
 @dataclass(frozen=True)
 class GpuReport:
     """All cards, the driver's version, the newest CUDA it runs ("13.0"), and the sentence why there is no card."""
@@ -103,12 +121,13 @@ class Sampler:
         self._tried_at: float | None = None
         self._lock = threading.Lock()
 
-    def sample(self, pids: Collection[int] = ()) -> list[GpuSample]:
-        """Every card now; an empty list when there is none, and then `reason` says why."""
+    def sample(self, pids: Collection[int] = (), card: str = "") -> list[GpuSample]:
+        """Every card now, or the one called `card`; an empty list when there is none, and then `reason` says why."""
         with self._lock:
             if not self._ready():
                 return []
-            return [self._sample(card, frozenset(pids)) for card in self._cards]
+            named = [one for one in self._cards if card and sample_of([GpuSample(one.index, uuid=one.uuid)], card)]
+            return [self._sample(one, frozenset(pids)) for one in named or self._cards]
 
     def report(self, pids: Collection[int] = ()) -> GpuReport:
         """The cards with the driver's version."""

@@ -151,8 +151,8 @@ def file_hashes(settings: StagePlan, name: str) -> dict[str, str]:
 
 def hardware(plan: Plan) -> str:
     """The device that trains here, in words."""
-    if plan.device == "cuda" and (cards := gpu.gpus()):
-        return cards[0].name or "NVIDIA GPU"
+    if plan.device == "cuda" and (card := gpu.sample_of(gpu.gpus(), gpu.visible_card(plan.gpu))):
+        return card.name or "NVIDIA GPU"
     return f"CPU ({os.cpu_count()} cores, {platform.machine()})"
 
 

@@ -25,15 +25,13 @@ from core.turns import device_of, in_use
 
 WORTH_BYTES = 4 << 30
 """Free memory from which on a trainer in waiting (0.6 GB of imports) is worth its place."""
-TRIED = {"trl"}
-"""Backends for which this was tried."""
 
 
 def worth_it(plan: Plan) -> bool:
     """Whether a run of this plan would begin with a trainer that can be made ready here, disturbing no other run."""
     trains = bool(plan.stages) and plan.stages[0] in TRAINING_STAGES and not in_use(device_of(plan))
     there = hasattr(socket, "send_fds") and psutil.virtual_memory().available > WORTH_BYTES
-    return trains and there and plan.backend in TRIED
+    return trains and there
 
 
 class Standby:

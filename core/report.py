@@ -293,7 +293,7 @@ def _machine(state: RunState, use: MachineUse) -> list[Fact]:
             if (mean := use.mean(what)) is not None
         ),
         ("hottest", f"{top:.0f} °C" if (top := use.highest("temperature")) is not None else ""),
-        ("energy of the GPUs", f"{use.energy_j / 3600:.1f} Wh" if use.energy_j is not None else ""),
+        ("energy of the GPU", f"{use.energy_j / 3600:.1f} Wh" if use.energy_j is not None else ""),
         ("system", str(state.start.get("system") or "")),
     ]
     return [(word, value) for word, value in facts if value]

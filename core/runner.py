@@ -328,7 +328,7 @@ class Runner:
                 self._sample(child.pid)
 
     def _sample(self, pid: int) -> None:
-        samples = self.sampler.sample([pid])
+        samples = self.sampler.sample([pid], gpu.visible_card(self.plan.gpu))
         fields = gpu.sample_as_event(samples, [pid]) if samples else {}
         with contextlib.suppress(psutil.Error):
             process = psutil.Process(pid)

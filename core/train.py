@@ -203,6 +203,9 @@ def arguments(plan: Plan, stage: StagePlan, folder: Path, run_name: str) -> dict
         "run_name": plan.tracking.run_name or run_name,
         "project": plan.tracking.project or "finetui",
         "disable_tqdm": True,
+        # TRL would add pretraining's balance of the experts to the loss (0.9 times about 4 with gpt-oss). Routers are
+        # frozen here, and with it Unsloth makes KTO's logits whole.
+        "router_aux_loss_coef": 0.0,
         **checked_extra(stage),
     }
 

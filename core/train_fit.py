@@ -26,6 +26,7 @@ from core.plan import Plan, StagePlan
 from core.train_data import row_lengths
 from core.train_events import Reporter
 
+LOOK = "one step on the longest rows, whose kernels are compiled first"
 MARGIN = 0.03
 """Share of the cap that the measured step must leave: real batches fragment memory more than one."""
 
@@ -93,7 +94,7 @@ class FitCallback(TrainerCallback):
         self.open_layers, self.estimated = open_layers, estimated
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        with self.reporter.phase("preflight", "one step on the longest rows"):
+        with self.reporter.phase("preflight", LOOK):
             try:
                 preflight(self.trainer, self.stage, self.cap, self.reporter, self.open_layers, self.estimated)
             except Refit:

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from core.batches import kto_batches
 from core.plan import KTOPlan, StagePlan
 from core.train_data import row_lengths
+from core.train_logps import completion_logps
 from core.train_model import load_adapter_weights
 
 
@@ -176,15 +177,10 @@ def kto_trainer_class(*, sign_correction: bool = False) -> type:
             return self._loader(dataset, self.args.per_device_eval_batch_size, shuffle=False)
 
         def _sign_corrected_loss(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-            from trl.trainer.utils import selective_log_softmax
-
             mode = "train" if self.model.training else "eval"
             labels = batch["label"].bool()
             kl_logps = self._compute_kl_logps(model, batch)
-            logits = model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-            logps = selective_log_softmax(
-                logits[:, :-1], batch["input_ids"][:, 1:], row_mask=batch["completion_mask"][:, 1:]
-            ).sum(-1)
+            logps = completion_logps(model, batch)
             reference_logps, reference_kl = self.compute_ref_log_probs(self.model, batch)
             z = (kl_logps - reference_kl).mean().detach().clamp(min=0)
             ratios = logps - reference_logps

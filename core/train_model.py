@@ -37,6 +37,14 @@ def load_model(plan: Plan, source: ModelSource, stage: StagePlan, open_layers: i
     return _unsloth(plan, source, stage, open_layers) if plan.backend == "unsloth" else _peft(plan, source)
 
 
+def attention_for_many_lengths() -> None:
+    """Keep PyTorch from attention by cuDNN, its first choice on Hopper GPUs, for this process.
+
+    cuDNN makes a plan for every new length of a row, about 0.15 s each, and Unsloth pads each row to what cuDNN likes.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def _peft(plan: Plan, source: ModelSource) -> Any:
     from peft import LoraConfig, PeftModel, get_peft_model
 
@@ -61,6 +69,7 @@ def _peft(plan: Plan, source: ModelSource) -> Any:
 
 def load_base(plan: Plan, source: ModelSource) -> Any:
     """The bare model on its device; safetensors only."""
+    attention_for_many_lengths()
     cuda = plan.device == "cuda"
     arguments: dict[str, Any] = {
         "dtype": DTYPES[plan.model.dtype],
@@ -97,6 +106,7 @@ def _quantised(source: ModelSource) -> bool:
 def _unsloth(plan: Plan, source: ModelSource, stage: StagePlan, open_layers: int) -> Any:
     from unsloth import FastLanguageModel
 
+    attention_for_many_lengths()
     checkpointing: dict[str, Any] = {"use_gradient_checkpointing": False}
     if stage.gradient_checkpointing == "on":
         checkpointing = {"use_gradient_checkpointing": "unsloth", "checkpoint_skip_layers": open_layers}

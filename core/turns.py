@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from core.gpu import visible_card
 from core.paths import cache_dir
 
 try:
@@ -24,10 +25,7 @@ def device_of(plan: "Plan") -> str:
     """``cpu``, or the GPU that a run uses: the plan's, else ``gpu-0``, or the first of CUDA_VISIBLE_DEVICES."""
     if plan.device == "cpu":
         return "cpu"
-    if plan.gpu is not None:
-        return f"gpu-{plan.gpu}"
-    first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip() or "0"
-    return f"gpu-{''.join(letter for letter in first if letter.isalnum() or letter == '-')}"
+    return f"gpu-{''.join(letter for letter in visible_card(plan.gpu) if letter.isalnum() or letter == '-')}"
 
 
 def turn_path(device: str) -> Path:

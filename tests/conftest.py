@@ -62,7 +62,7 @@ def own_cache_and_no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, no_gpu
     """Drafts and recent files go into the test's own cache; to the app, too, every machine is one without a card."""
     monkeypatch.setenv("FINETUI_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("tui.follow.gpu_report", lambda: GpuReport())
-    monkeypatch.setattr("core.ready.TRIED", set())  # a trainer in waiting at every review would cost them seconds
+    monkeypatch.setattr("core.ready.WORTH_BYTES", 1 << 60)  # a trainer in waiting costs seconds
 
 
 @pytest.fixture

@@ -145,10 +145,9 @@ def test_an_answer_shows_its_calls_and_what_the_schema_says_of_them() -> None:
 
 
 @pytest.mark.usefixtures("own_cache_and_no_gpu")
-@pytest.mark.parametrize("size", [(80, 24), (120, 40)])
-async def test_a_conversation_in_the_app(chain: Run, folder: Path, size: tuple[int, int]) -> None:
+async def test_a_conversation_in_the_app_whose_window_grows(chain: Run, folder: Path) -> None:
     app = FinetuiApp(folder)
-    async with app.run_test(size=size) as pilot:
+    async with app.run_test(size=(80, 24)) as pilot:
         await shows(pilot, "chain")
         await pilot.press("i")
         screen = await until(pilot, lambda: isinstance(app.screen, ChatScreen) and app.screen)
@@ -159,8 +158,10 @@ async def test_a_conversation_in_the_app(chain: Run, folder: Path, size: tuple[i
         screen.setting = Setting(max_new_tokens=6)
         await pilot.press("enter")
         await until(pilot, lambda: screen.turns and screen.turns[0].replies and not screen.writing)
-        text = await shows(pilot, "after KTO", "base model", "6 tokens")
-        assert not CONTROLS.search(text) and screen.prompts[0]["user"][:20] in text
+        for size in ((80, 24), (120, 40)):
+            await pilot.resize_terminal(*size)
+            text = await shows(pilot, "after KTO", "base model", "6 tokens")
+            assert not CONTROLS.search(text) and screen.prompts[0]["user"][:20] in text
         first = screen.turns[0].replies["kto"].number
         await pilot.press("f5")
         await until(pilot, lambda: screen.turns[0].replies.get("kto", Reply(0)).number > first and not screen.writing)

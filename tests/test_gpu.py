@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from core import gpu
+from core.backend import gpu_present
 from core.children import stage_environment
 from core.gpu import GpuSample, Sampler, sample_as_event
 from core.plan import Plan
@@ -147,6 +148,29 @@ def test_two_cards_and_one_of_them_lost(monkeypatch: pytest.MonkeyPatch) -> None
     assert (second.uuid, second.memory_used_bytes) == ("GPU-1", None)
     assert sampler.reason is not None and "fell off the bus" in sampler.reason
     assert len(sampler.sample()) == 2
+
+
+def test_a_run_uses_and_samples_one_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    nvml = pretend(monkeypatch, **WELL | {"nvmlDeviceGetCount": 3})
+    sampler = Sampler()
+    cards = sampler.sample()
+    for given, index, card in ((None, None, "0"), ("2,1", None, "2"), ("2,1", 1, "1"), ("GPU-1", None, "GPU-1")):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if given:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+        plan = Plan(device="cuda", gpu=index)
+        assert stage_environment(plan)["CUDA_VISIBLE_DEVICES"] == card == gpu.visible_card(index)
+        nvml.asked.clear()
+        (sample,) = sampler.sample((), card)
+        assert sample == gpu.sample_of(cards, card) and nvml.asked.count("nvmlDeviceGetMemoryInfo") == 1
+        assert sample.index == int(card[-1])
+    assert len(sampler.sample((), "MIG-7")) == 3  # a slice that the driver does not list: what there is
+    monkeypatch.setattr(gpu, "gpus", lambda pids=(): cards)
+    for hidden in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert not gpu_present() and gpu.sample_of(cards, gpu.visible_card()) is None
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert gpu_present() and "CUDA_VISIBLE_DEVICES" not in stage_environment(Plan(device="cpu"))
 
 
 def test_a_card_that_cannot_be_opened_is_shown_without_figures(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,13 +114,12 @@ def test_a_trainer_that_fails_at_an_import_is_started_again_with_its_words_in_th
     assert "trl is broken here" in run.log_path.read_text()
 
 
-def test_waiting_is_worth_it_for_a_tried_backend_and_with_memory_to_spare(
+def test_waiting_is_worth_it_with_memory_to_spare(
     make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FINETUI_CACHE", str(tmp_path / "cache"))  # where no other test holds the device
     plan = make_run().plan()
     monkeypatch.setattr("core.ready.WORTH_BYTES", 0)
     assert worth_it(plan) and plan.stages[0] in TRAINING_STAGES
-    assert not worth_it(plan.model_copy(update={"backend": "unsloth"}))
     monkeypatch.setattr("core.ready.WORTH_BYTES", 1 << 60)
     assert not worth_it(plan)

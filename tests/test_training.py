@@ -18,6 +18,7 @@ from core.runs import Run
 from core.sources import ModelSource, model_source
 from core.train_events import Reporter
 from core.train_kto import KTOBatches, kto_losses
+from core.train_logps import CHUNK_ROWS, completion_logps
 from core.train_model import Loaded, load_model
 from core.train_tokenizer import load_tokenizer
 
@@ -192,6 +193,62 @@ def test_our_kto_losses_are_trls(make_run: MakeRun, trained_sft: Path) -> None:
         theirs = stage.trainer.compute_loss(stage.trainer.model, batch)
         ours = stage.trainer._sign_corrected_loss(stage.trainer.model, batch)
     assert float(ours) == pytest.approx(float(theirs), abs=1e-6)
+
+
+@pytest.fixture
+def tiny_experts(tiny_model: Path, tmp_path: Path) -> Path:
+    """A gpt-oss of 4 experts with random weights and the coefficient of the real one, under the tiny tokenizer."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    config = GptOssConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=64, head_dim=16, num_attention_heads=4,
+        num_key_value_heads=2, num_hidden_layers=2, num_local_experts=4, num_experts_per_tok=2, sliding_window=32,
+        router_aux_loss_coef=0.9, eos_token_id=2, pad_token_id=2, max_position_embeddings=4096,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    GptOssForCausalLM(config).save_pretrained(tmp_path / "tiny-experts")
+    tokenizer.save_pretrained(tmp_path / "tiny-experts")
+    return tmp_path / "tiny-experts"
+
+
+def test_the_balance_of_experts_is_not_in_the_loss(make_run: MakeRun, tiny_experts: Path) -> None:
+    settings = {"model__name": str(tiny_experts), "model__attention": "eager", "lora__target_modules": ["q_proj"]}
+    for name in ("sft", "kto"):
+        stage = Stage(make_run(name, **settings), name)
+        assert not stage.trainer.aux_loss_enabled  # with it Unsloth makes KTO's logits whole
+        loss = stage.trainer.compute_loss(stage.trainer.model, first_batch(stage))
+        expected = math.log(len(stage.loaded.tokenizer)) if name == "sft" else 0.5  # of weights that know nothing
+        assert loss.item() == pytest.approx(expected, abs=0.3)
+
+
+def test_kto_of_a_model_with_experts_in_chunks_is_trls(make_run: MakeRun, tiny_experts: Path) -> None:
+    settings = {"model__name": str(tiny_experts), "model__attention": "eager", "lora__target_modules": ["q_proj"]}
+    stage = Stage(make_run("kto", kto__max_steps=3, **settings), "kto")
+    stage.trainer.train()
+    model, batch = stage.trainer.model, first_batch(stage)
+    found = []
+    for loss in (stage.trainer.compute_loss(model, batch), stage.trainer._sign_corrected_loss(model, batch)):
+        model.zero_grad()
+        loss.backward()
+        gradients = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+        found.append((loss.item(), gradients))
+    (theirs, wanted), (ours, gradients) = found
+    assert ours == pytest.approx(theirs, abs=1e-5) and any(bool(part.abs().max() > 1e-4) for part in wanted)
+    torch.testing.assert_close(gradients, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 7, CHUNK_ROWS])
+def test_log_probabilities_do_not_depend_on_the_chunk(make_run: MakeRun, trained_sft: Path, size: int) -> None:
+    from trl.trainer.utils import selective_log_softmax
+
+    stage = Stage(make_run("kto"), "kto", adapter=trained_sft)
+    model, batch = stage.trainer.model, first_batch(stage)
+    ids, mask = batch["input_ids"], batch["completion_mask"][:, 1:]
+    whole = model(ids, attention_mask=batch["attention_mask"], use_cache=False).logits
+    expected = selective_log_softmax(whole[:, :-1], ids[:, 1:], row_mask=mask).sum(-1)
+    torch.testing.assert_close(completion_logps(model, batch, size), expected, atol=1e-4, rtol=1e-5)
+    assert model(ids, attention_mask=batch["attention_mask"]).logits.shape == whole.shape  # no hook is left
 
 
 def test_kto_s_changes_the_reference_point_by_the_sign_of_the_ratio() -> None:

@@ -303,7 +303,6 @@ async def test_a_key_of_the_review_lets_the_run_start_after_the_one_that_has_the
 async def test_a_trainer_gets_ready_while_the_review_is_read_and_is_the_runs_own_or_goes(
     tmp_path: Path, tiny_model: Path, rows_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("core.ready.TRIED", {"trl"})
     monkeypatch.setattr("core.ready.WORTH_BYTES", 0)
     monkeypatch.setattr("tui.review.READ_S", 0.0)
     kept: list[Ready] = []

@@ -110,9 +110,7 @@ def report(group: str, runs: list[Run]) -> None:
 
 
 def marks(entries: list[dict]) -> str:
-    return "  ".join(
-        f"{mark} {sum(entry[mark] for entry in entries):>3}/{len(entries)}" for mark in MARKS
-    )
+    return "  ".join(f"{mark} {sum(entry[mark] for entry in entries):>3}/{len(entries)}" for mark in MARKS)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """How long it takes from the start of a run to its first step, with a trainer that waited for it and without.
 
-usage: python tests/bench/first_step.py [--config PLAN.yaml] [--times N] [--untried]
+usage: python tests/bench/first_step.py [--config PLAN.yaml] [--times N]
 
-The plan's stage is cut to two steps; without --config it is the demo's SFT. `--untried` lets the trainer of any backend
-wait, to see whether it works there. The first pair of runs fills caches and is told apart.
+The plan's stage is cut to two steps; without --config it is the demo's SFT. The first pair of runs fills caches and is
+told apart.
 """
 
 import argparse
@@ -53,10 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=configs_dir() / "demo.yaml")
     parser.add_argument("--times", type=int, default=3)
-    parser.add_argument("--untried", action="store_true")
     options = parser.parse_args()
-    if options.untried:
-        ready.TRIED = {"trl", "unsloth"}
     with tempfile.TemporaryDirectory() as folder:
         for number in range(options.times + 1):
             for waits in (False, True):

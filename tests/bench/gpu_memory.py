@@ -5,9 +5,9 @@ usage: python tests/bench/gpu_memory.py MODELS_DIR SFT.jsonl KTO.jsonl [--runs D
 
 MODELS_DIR holds models of tests/bench/random_models.py (3b also as 3b-16bit). Each plan of CONFIGURATIONS goes through
 the product as a run of its own, a few steps a stage, under an allocator limit of a 24 GB card; side by side as far as
-their shares fit `--budget`. The chains are stopped with a checkpoint and resumed inside every stage; `oom` is given
-less memory in the middle. Prints a table (and a JSON line each), then the cost of a look at the card. `--seconds`: when
-it stops waiting. Needs an NVIDIA GPU with bitsandbytes and Unsloth.
+their shares fit `--budget`. The chains are stopped with a checkpoint and resumed inside every stage; runs `oom…` are
+given less memory in the middle, for a step or an evaluation. Prints a table (and a JSON line each), then the cost of a
+look at the card. `--seconds`: when it stops waiting. Needs an NVIDIA GPU with bitsandbytes and Unsloth.
 """
 
 import argparse
@@ -25,11 +25,14 @@ GIB = 1 << 30
 # name: (model, method, settings, GiB to reserve for it, whether it is stopped and resumed in each stage)
 CONFIGURATIONS: dict[str, tuple[str, str, dict[str, Any], int, bool]] = {
     "20b-sft": ("20b", "sft", {}, 18, True),
-    "20b-kto": ("20b", "kto", {"kto.max_length": 2048, "kto.max_prompt_length": 1536}, 20, False),
+    "20b-kto": ("20b", "kto", {"kto.max_length": 2048, "kto.max_prompt_length": 1536, "kto.max_steps": 2}, 20, False),
     "13b": ("13b", "sft-kto", {}, 23, True),
     "7b": ("7b", "sft-kto", {}, 23, True),
     "3b": ("3b", "sft-kto", {"memory_limit": 12}, 13, True),
     "oom": ("3b", "sft", {"sft.save_steps": 2, "sft.gradient_checkpointing": "on", "memory_limit": 12}, 13, False),
+    "oom-evaluation": ("3b", "sft", {"sft.eval_steps": 3, "sft.save_steps": 2, "sft.gradient_checkpointing": "on",
+                                     "memory_limit": 12}, 13, False),
+    "oom-kto": ("3b", "kto", {"kto.save_steps": 2, "kto.gradient_checkpointing": "on", "memory_limit": 14}, 15, False),
     "7b-sft-6x4": ("7b", "sft", {"sft.batch_size": 6, "sft.gradient_checkpointing": "on"}, 10, False),
     "7b-sft-open": ("7b", "sft", {"sft.batch_size": 2, "sft.gradient_checkpointing": "off"}, 16, False),
     "7b-kto-4x2": ("7b", "kto", {"kto.batch_size": 4, "kto.gradient_accumulation_steps": 2}, 10, False),
@@ -41,7 +44,8 @@ CONFIGURATIONS: dict[str, tuple[str, str, dict[str, Any], int, bool]] = {
     "135m-sft": ("135m", "sft", {"sft.batch_size": 8, "sft.gradient_checkpointing": "on"}, 3, False),
     "135m-kto": ("135m", "kto", {"kto.batch_size": 8, "kto.gradient_checkpointing": "on"}, 4, False),
 }  # fmt: skip
-# Loaded by every interpreter; in the trainer of the run `oom` PyTorch may take hardly more than it has from step 3 on.
+# Loaded by every interpreter; in the trainer of a run `oom…` PyTorch may take hardly more than it has, once, after step
+# 3: what comes next is another step, or an evaluation.
 LESS_MEMORY = """
 import pathlib, sys, threading, time
 
@@ -58,12 +62,13 @@ def lower():
             import torch
             torch.cuda.empty_cache()
             total = torch.cuda.get_device_properties(0).total_memory
-            torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 300e6) / total)
+            room = 20e6 if control.should_evaluate else 300e6
+            torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + room) / total)
         return plain(self, args, state, control, **more)
 
     callback.on_step_end = on_step_end
 
-if "core.train" in sys.orig_argv and any(pathlib.Path(word).name == "oom" for word in sys.orig_argv):
+if "core.train" in sys.orig_argv and any(pathlib.Path(word).name.startswith("oom") for word in sys.orig_argv):
     threading.Thread(target=lower, daemon=True).start()
 """
 
@@ -141,7 +146,9 @@ def told(run: Any, name: str, stage: str) -> dict[str, Any]:
         "items": last.get("estimated_items"), "measured": (last.get("reserved_bytes") or 0) + context,
         "allocated": last.get("allocated_bytes"), "context": context, "look_s": [look["seconds"] for look in looks],
         "trained": max((event.get("vram_peak_bytes", 0) for event in logs), default=0) + context,
-        "steps": [event["step"] for event in logs], "losses": [event.get("loss") for event in logs],
+        "steps": [event["step"] for event in logs],
+        "step_s": [round(after["t"] - before["t"], 1) for before, after in zip(logs, logs[1:], strict=False)],
+        "losses": [event.get("loss") for event in logs],
         "kl": [event.get("kl") for event in logs], "resumed": [event["resumed_step"] for event in totals],
         "arrangements": [event["why"] for event in events(run, "arrangement", stage)],
         "notices": [event["text"] for event in events(run, "notice", stage) if event["level"] == "warning"],

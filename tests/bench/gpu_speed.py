@@ -1,15 +1,15 @@
 """How fast the product trains on this GPU against scripts written by hand, on the same rows, model and rank.
 
-usage: python tests/bench/gpu_speed.py MODEL_DIR ROWS.jsonl [--rank R] [--only NAME ...] [--limit GIB]
+usage: python tests/bench/gpu_speed.py MODEL_DIR ROWS.jsonl [--rank R] [--only NAME ...]
        python tests/bench/gpu_speed.py MODEL_DIR ROWS.jsonl --profile sft|kto [--variant NAME ...]
 
 Contests run one after the other, each alone on the GPU: the product as a detached run with everything on, the rival as
 tests/bench/by_hand.py. ROWS.jsonl holds conversations of a user's and an assistant's turn. `--profile` builds the
 product's trainer and prints where two of its steps spend their time, for each variant in a process of its own; each
-changes one thing, to find what costs: usual, bf16 (the adapter in bf16, as TRL rounds it), quiet (no checkpointing
-asked of transformers, for Unsloth has put it on), padded, bare (without the environment that the runner gives), looked
-(after the look at the longest rows), plain (TRL's trainer as it is, our rows), hand (the rival itself). Needs an NVIDIA
-GPU with bitsandbytes and Unsloth.
+changes one thing, to find what costs: usual, cudnn (attention by cuDNN where torch prefers it), bf16 (the adapter in
+bf16, as TRL rounds it), quiet (no checkpointing asked of transformers, for Unsloth has put it on), padded, bare
+(without the environment that the runner gives), looked (after the look at the longest rows), plain (TRL's trainer as it
+is, our rows), hand (the rival itself). Needs an NVIDIA GPU with bitsandbytes and Unsloth.
 """
 
 import argparse
@@ -25,17 +25,22 @@ from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
-VARIANTS = ("usual", "bf16", "quiet", "padded", "bare", "looked", "plain", "hand")
+VARIANTS = ("usual", "cudnn", "bf16", "quiet", "padded", "bare", "looked", "plain", "hand")
+PACKED = "batch=3 accumulation=1 packing=1"
+KTO = "method=kto batch=4 accumulation=2"
 # name: (by hand, the product's settings)
 CONTESTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "sft-packed": ("batch=3 accumulation=1 packing=1", {}),
-    "sft-padded": ("batch=6 accumulation=4", {"sft.gradient_checkpointing": "on"}),
+    "sft-packed": (PACKED, {"sft.gradient_checkpointing": "on"}),
+    "sft-24gb": (PACKED, {"memory_limit": 22.0}),
+    "sft-free": (PACKED, {}),
+    "sft-padded": ("batch=6 accumulation=4", {"memory_limit": 22.0}),
     "sft-large": (
         "batch=6 accumulation=4 packing=1 steps=8",
-        {"sft.batch_size": 48, "sft.gradient_accumulation_steps": 4},
+        {"sft.batch_size": 48, "sft.gradient_accumulation_steps": 4, "memory_limit": 22.0},
     ),
-    "kto": ("method=kto batch=4 accumulation=2", {}),
-    "kto-open": ("method=kto batch=8 accumulation=1 checkpointing=0", {}),
+    "kto": (KTO, {"memory_limit": 10.0}),
+    "kto-24gb": (KTO, {"memory_limit": 22.0}),
+    "kto-free": ("method=kto batch=8 accumulation=1 checkpointing=0", {}),
 }  # fmt: skip
 
 
@@ -51,8 +56,7 @@ def make_plan(options: argparse.Namespace, method: str, settings: dict[str, Any]
     }  # fmt: skip
     if method == "kto":
         values["kto.max_prompt_length"] = 1536
-    if options.limit:
-        values["memory_limit"] = options.limit
+    # as a preset's: a batch that a contest names is kept, every other may be regrouped
     named = {key: "bench" if key in settings else "preset bench" for key in values}
     found = resolve(method, None, {key: (value, named[key]) for key, value in values.items()}, gpu_present=True)
     return settle(found)
@@ -147,9 +151,7 @@ def compare_variants(options: argparse.Namespace) -> None:
     for name in options.variant:
         print(f"\n=== {options.profile}, {name}", flush=True)
         if name == "hand":
-            batch = (
-                "batch=3 accumulation=1 packing=1" if options.profile == "sft" else "method=kto batch=4 accumulation=2"
-            )
+            batch = PACKED if options.profile == "sft" else KTO
             command = [str(HERE / "by_hand.py"), str(options.model.absolute()), str(options.rows.absolute())]
             command += [f"steps={options.steps}", f"rank={options.rank}", "profile=1", *batch.split()]
         else:
@@ -170,7 +172,7 @@ def look_inside(options: argparse.Namespace) -> None:
     from core import train
     from core.fit import planned_arrangement
     from core.prepare import prepare
-    from core.runs import Run
+    from core.runs import create_run
     from core.sources import model_source
     from core.train_events import Reporter
 
@@ -179,7 +181,8 @@ def look_inside(options: argparse.Namespace) -> None:
     settings |= {"sft.batch_size": 24, "sft.gradient_accumulation_steps": 1} if method == "sft" else {}
     if variant == "padded":
         settings["sft.padding_free"] = "off"
-    plan = make_plan(options, method, settings).plan
+    found = make_plan(options, method, settings)
+    plan = found.plan
     plan.sft.data.include_undesirable = True
     stage = planned_arrangement(plan.stage(method)).applied(plan.stage(method))
     source = model_source(plan.model, print)
@@ -188,7 +191,10 @@ def look_inside(options: argparse.Namespace) -> None:
     data = prepare(stage, method, template, print)
     if variant == "quiet":
         stage = stage.model_copy(update={"gradient_checkpointing": "off"})
-    run = Run(Path(tempfile.mkdtemp()))
+    if variant == "cudnn":
+        torch.backends.cuda.enable_cudnn_sdp(True)
+    run = create_run(options.runs, found)
+    run.stage_path(method).mkdir(exist_ok=True)
     build: Any = train.kto_trainer if method == "kto" else train.sft_trainer
     if variant == "plain" and method == "sft":
         from trl import SFTTrainer
@@ -225,7 +231,6 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs-speed"))
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--steps", type=int, default=14)
-    parser.add_argument("--limit", type=float, help="GiB the product may take; default: what is free")
     parser.add_argument("--only", nargs="+", choices=CONTESTS, default=list(CONTESTS))
     parser.add_argument("--profile", choices=("sft", "kto"))
     parser.add_argument("--variant", nargs="+", choices=VARIANTS, default=["usual"])
@@ -237,9 +242,11 @@ def main() -> None:
         look_inside(options) if options.inside else compare_variants(options)
         return
     print(f"{'contest':<12}{'by hand':>9}{'finetui':>9}{'ratio':>7}  examples/s   GiB by hand, finetui   first step")
+    rivals: dict[str, dict[str, Any]] = {}
     for name in options.only:
         words, settings = CONTESTS[name]
-        other, ours = by_hand(options, words), product(options, name, settings)
+        other = rivals[words] = rivals.get(words) or by_hand(options, words)
+        ours = product(options, name, settings)
         if "error" in other or "error" in ours:
             print(f"{name:<12}", other, ours, flush=True)
             continue

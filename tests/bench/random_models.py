@@ -26,7 +26,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "13b": {"kind": "Llama", "vocab_size": 32768, "hidden_size": 5120, "intermediate_size": 13824,
             "num_hidden_layers": 40, "num_attention_heads": 40, "num_key_value_heads": 40,
             "tie_word_embeddings": False},
-    "20b": {"kind": "GptOss", "num_hidden_layers": 24, "num_local_experts": 32},
+    "20b": {"kind": "GptOss", "num_hidden_layers": 24, "num_local_experts": 32, "router_aux_loss_coef": 0.9},
     "tiny": {"kind": "Llama", "vocab_size": 32768, "hidden_size": 128, "intermediate_size": 256,
              "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False},
     "tiny-moe": {"kind": "GptOss", "vocab_size": 32768, "hidden_size": 128, "intermediate_size": 128, "head_dim": 32,
