@@ -33,32 +33,42 @@ def no_bitsandbytes(what: str) -> FinetuiError:
 def make_plan(
     method: str | None, config: Path | None, settings: dict[str, tuple[Any, str]], *, card: int | None = None
 ) -> Resolved:
-    """Resolve a plan, make its files' paths absolute, and settle it for this machine, or for a `card` of so many bytes.
+    """Resolve a plan and settle it for this machine, or for a `card` of so many bytes.
 
     Raises FinetuiError.
     """
-    found = resolve(method, config, settings, gpu_present=card is not None or gpu_present())
-    sections: list[Any] = [found.plan.stage(stage).data for stage in found.plan.training_stages]
-    for section in [*sections, found.plan.evaluate, found.plan.samples]:
-        if section.file:
-            section.file = str(expanded(section.file).absolute())
-        if getattr(section, "files", None):
-            section.files = {str(expanded(name).absolute()): value for name, value in section.files.items()}
-    base = found.plan.export.base
-    if base and expanded(base).is_dir():
-        found.plan.export.base = str(expanded(base).absolute())
-    if found.plan.evaluate.tools:
-        found.plan.evaluate.tools = str(expanded(found.plan.evaluate.tools).absolute())
-    return settle(found, card)
+    return settle(resolve(method, config, settings, gpu_present=card is not None or gpu_present()), card)
+
+
+def make_paths_absolute(plan: Plan) -> None:
+    """Name files and folders from the root on: a run works in a folder of its own, and may be resumed from anywhere."""
+
+    def whole(path: str) -> str:
+        return str(expanded(path).absolute())
+
+    for data in [plan.stage(stage).data for stage in plan.training_stages]:
+        data.file = data.file and whole(data.file)
+        data.files = {whole(name): value for name, value in data.files.items()}
+    for section in (plan.evaluate, plan.samples):
+        section.file = section.file and whole(section.file)
+    if plan.evaluate.tools:
+        plan.evaluate.tools = whole(plan.evaluate.tools)
+    if plan.model.name and expanded(plan.model.name).is_dir():  # else a name on the Hub
+        plan.model.name = whole(plan.model.name)
+    if plan.export.base and expanded(plan.export.base).is_dir():
+        plan.export.base = whole(plan.export.base)
+    if plan.model.chat_template != "auto":
+        plan.model.chat_template = whole(plan.model.chat_template)
 
 
 def settle(resolved: Resolved, card: int | None = None) -> Resolved:
-    """Replace every ``auto`` that this machine decides by its value, and note why.
+    """Replace every ``auto`` that this machine decides by its value, and note why; make paths absolute.
 
     `card` imagines an NVIDIA GPU with so many bytes and everything installed for it, whatever this machine has.
     Raises FinetuiError with exit code 3 when the plan needs a GPU that is not there, 2 when it needs a missing package.
     """
     plan = resolved.plan.model_copy(deep=True)
+    make_paths_absolute(plan)
     sources = dict(resolved.sources)
     present = card is not None or gpu_present()
 

@@ -87,6 +87,12 @@ WORDS = (
         "Give it more (docker run --shm-size=2g), then resume.", again=True,
     ),
     _cause(
+        "moved", r"No such file or directory: '[^'\n]*/events\.jsonl'",
+        "its folder was moved, renamed or deleted",
+        "Runner and trainer write into the folder that they were started in, and end when it is not there any more.",
+        "Resume it under the name that it has now: it goes on from the newest checkpoint.", again=True,
+    ),
+    _cause(
         "rows-changed", r"steps would see other rows",
         "rows or settings are not those it was begun with",
         "A checkpoint belongs to its rows and their order: going on would train some twice and others never.",

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from core.console import open_app
+from core.console import keep_others_out, open_app, speak_utf8
 from core.errors import FinetuiError
 from core.flags import build_parser
 from core.stages import EXPORT_STAGES, METHODS
@@ -21,6 +21,9 @@ RESULT_COMMANDS = {"eval": "evaluate", "chat": "chat", "compare": "compare", "re
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The ``finetui`` command. Returns the exit code."""
+    if argv is None:
+        speak_utf8()
+        keep_others_out()
     words = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

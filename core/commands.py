@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from core import runner
 from core.backend import make_plan
-from core.children import CHILD_ENV, stage_environment
+from core.children import ON_END_ENV, child_environment, stage_environment
 from core.config import Resolved
 from core.console import open_app, print_json, take_token
 from core.data import Conversation
@@ -75,7 +75,7 @@ def train(arguments: argparse.Namespace, method: str, *, demo: bool = False) -> 
 
 def _take_on_end(arguments: argparse.Namespace) -> None:
     if arguments.on_end:
-        os.environ[runner.ON_END_ENV] = arguments.on_end
+        os.environ[ON_END_ENV] = arguments.on_end
 
 
 def _after_start(
@@ -210,10 +210,12 @@ def look(plan: Resolved, how: str) -> dict[str, Any]:
     with scratch() as folder:
         save_plan(plan, folder / "plan.yaml")
         command = [sys.executable, "-P", "-m", "core.train_dry", str(folder), how]
-        environment = {**CHILD_ENV, **os.environ, **stage_environment(plan.plan)}
+        environment = {**child_environment(), **stage_environment(plan.plan)}
         if how == "data":
             environment["FINETUI_BACKEND"] = "trl"  # rows are tokenised without Unsloth, which takes half a minute
-        child = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
+        child = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", env=environment, cwd=folder
+        )
     lines = child.stdout.strip().splitlines()
     try:
         report = json.loads(lines[-1])

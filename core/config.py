@@ -133,6 +133,10 @@ def _check_keys(node: yaml.MappingNode, prefix: str, file: Path) -> None:
             _check_keys(value_node, f"{path}.", file)
 
 
+class UnknownKeyError(FinetuiError):
+    """A key that no option has."""
+
+
 def unknown_key(path: str, where: str = "") -> FinetuiError:
     """The error for a key that no option has, naming the nearest one."""
     known = [*OPTIONS, *SECTIONS]
@@ -140,7 +144,7 @@ def unknown_key(path: str, where: str = "") -> FinetuiError:
         other for other in known if other.rsplit(".", 1)[-1] == path.rsplit(".", 1)[-1]
     ]
     advice = f"Did you mean {nearest[0]}?" if nearest else "`finetui plan` lists every key."
-    return FinetuiError(f"{where}there is no option {path!r}.", advice)
+    return UnknownKeyError(f"{where}there is no option {path!r}.", advice)
 
 
 def flatten(tree: dict[str, Any], prefix: str = "", *, keep_auto: bool = False) -> dict[str, Any]:
@@ -317,5 +321,9 @@ def with_request(plan: Plan, folder: Path) -> Plan:
 
 
 def load_plan(path: Path) -> Plan:
-    """Read a resolved plan of a run back. Raises FinetuiError."""
-    return check(flatten(read_yaml(path), keep_auto=True), {})
+    """Read a resolved plan of a run back; a key that it does not have has its default. Raises FinetuiError."""
+    try:
+        return check(flatten(read_yaml(path), keep_auto=True), {})
+    except UnknownKeyError as error:
+        error.advice += " If another version of finetui made this run, go on with that one, or delete the line."
+        raise

@@ -113,7 +113,7 @@ def _plan(arguments: argparse.Namespace, data: dict[str, Any]) -> Plan | None:
     """A plan of the stage with the model of the arguments; None where none is named."""
     if not (arguments.model_size or arguments.model_name or arguments.max_seq_length):
         return None
-    from core.backend import gpu_present
+    from core.backend import gpu_present, make_paths_absolute
     from core.config import resolve
 
     stage = arguments.method
@@ -124,7 +124,9 @@ def _plan(arguments: argparse.Namespace, data: dict[str, Any]) -> Plan | None:
             settings[path] = (value, "check")
     if arguments.max_seq_length and stage == "kto":
         settings["kto.max_prompt_length"] = (arguments.max_seq_length, "check")
-    return resolve(stage, None, settings, gpu_present=gpu_present()).plan
+    found = resolve(stage, None, settings, gpu_present=gpu_present()).plan
+    make_paths_absolute(found)
+    return found
 
 
 def _counted(arguments: argparse.Namespace, plan: Plan) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from core import gguf_tools, smollm
+from core.console import NO_TERMINAL, locale_name
 from core.gpu import GpuReport, gpu_report, in_wsl
 from core.paths import cache_dir, nearest, runs_dir, scratch
 
@@ -309,10 +310,9 @@ def _terminal(report: GpuReport) -> Iterator[Check]:
     colours = f"{'16 million' if many else 256 if '256' in term else 16} colours"
     places = (("NO_COLOR", "NO_COLOR"), ("over SSH", "SSH_CONNECTION"), ("in tmux", "TMUX"), ("in screen", "STY"))
     text = ", ".join([term or "no TERM", colours, *(place for place, name in places if os.environ.get(name))])
-    locale = next((os.environ[name] for name in ("LC_ALL", "LC_CTYPE", "LANG") if os.environ.get(name)), "")
-    if term in ("", "dumb"):
+    if term in NO_TERMINAL:
         yield Check("terminal", "note", f"{text}: the app needs a real one; the commands work without.")
-    elif os.name == "posix" and "utf" not in locale.lower():
+    elif os.name == "posix" and "utf" not in locale_name().lower():
         advice = "export LANG=C.UTF-8 (and start tmux with -u) if lines show as letters or question marks."
         yield Check("terminal", "note", f"{text}; the locale is not UTF-8.", advice)
     else:

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable
 from typing import IO, Any
 
-from core.children import CHILD_ENV, stage_environment
+from core.children import CHILD_ENV, child_environment, stage_environment
 from core.config import Resolved, save_plan
 from core.errors import FinetuiError
 from core.paths import scratch
@@ -167,7 +167,7 @@ class Looks:
                 return None
             child = subprocess.Popen(
                 [sys.executable, "-P", "-m", "core.data_look"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL, cwd=tempfile.gettempdir(), env={**CHILD_ENV, **os.environ},
+                stderr=subprocess.DEVNULL, cwd=tempfile.gettempdir(), env=child_environment(),
             )  # fmt: skip
             self._children[slot] = child
             return child
@@ -252,7 +252,7 @@ class DryRun:
                 self._child = subprocess.Popen(
                     [sys.executable, "-P", "-m", "core.train_dry", str(folder), "data"], cwd=folder, text=True,
                     stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
-                    errors="replace", env={**CHILD_ENV, **os.environ, **stage_environment(plan.plan)},
+                    errors="replace", env={**child_environment(), **stage_environment(plan.plan)},
                 )  # fmt: skip
             said, errors = self._child.communicate()
         try:

@@ -1,6 +1,7 @@
 """What a run used of its machine, told from the `gpu` events of its log."""
 
 import contextlib
+import hashlib
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,31 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
     return found
+
+
+def code() -> str:
+    """What names the source of finetui as it lies here: a short hash, which a `git pull` changes."""
+    found = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        with contextlib.suppress(OSError):
+            found.update(file.name.encode() + b"\0" + file.read_bytes())
+    return found.hexdigest()[:12]
+
+
+def changed_software(before: Event, now: Event) -> list[str]:
+    """What trains with is not what it was, between two `run_start` events; empty where either does not say."""
+    old, new = before.get("versions"), now.get("versions")
+    told: list[str] = []
+    if before.get("python") and before["python"] != now.get("python"):
+        told.append(f"Python {before['python']} → {now.get('python')}")
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = [name for name in PACKAGES if old.get(name) != new.get(name)]
+        told += [f"{name} {old.get(name, 'none')} → {new.get(name, 'none')}" for name in names]
+    if before.get("version") and before["version"] != now.get("version"):
+        told.append(f"finetui {before['version']} → {now.get('version')}")
+    elif before.get("code") and before["code"] != now.get("code"):
+        told.append("finetui's own code")
+    return told
 
 
 def system() -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 
-from core.children import CHILD_ENV, LOCK_ENV, stage_environment
+from core.children import LOCK_ENV, child_environment, runner_environment, stage_environment
 from core.plan import Plan
 from core.stages import TRAINING_STAGES
 from core.turns import device_of, in_use
@@ -79,7 +79,7 @@ class Ready:
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "core.runner", "--ready"], stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tempfile.gettempdir(), start_new_session=True,
-                env={**CHILD_ENV, **os.environ, **environment},
+                env={**child_environment(), **environment},
             )  # fmt: skip
 
     def fits(self, environment: Mapping[str, str]) -> bool:
@@ -92,7 +92,7 @@ class Ready:
             self.close()
             return False
         with self.socket:
-            return _send(self.socket, {"run": run, "environment": dict(os.environ)}, files)
+            return _send(self.socket, {"run": run, "environment": runner_environment()}, files)
 
     def close(self) -> None:
         """Let them go; they end by themselves."""

@@ -16,17 +16,17 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 import psutil
 
 from core import __version__, gpu
 from core.artefacts import output_of, stage_done
-from core.children import CHILD_ENV, LOCK_ENV, stage_environment
+from core.children import LOCK_ENV, ON_END_ENV, child_environment, runner_environment, stage_environment
 from core.errors import FinetuiError
-from core.machine_use import boot_id, oom_kills, system, versions
+from core.machine_use import boot_id, changed_software, code, oom_kills, system, versions
 from core.paths import TORN, remove_torn
-from core.runs import Run, create_run, find_run, is_alive, process_lives, take_lock, write_holder
+from core.runs import Run, create_run, find_run, is_alive, last_start, process_lives, take_lock, write_holder
 from core.secrets import guard_output
 from core.stages import EXPORT_STAGES, TRAINING_STAGES
 from core.trust import refuse_strangers
@@ -36,9 +36,6 @@ if TYPE_CHECKING:
     from core.plan import Plan
     from core.ready import Ready, ReadyTrainer
 
-ON_END_ENV = "FINETUI_ON_END"
-"""A shell command for the run's end. It travels in the environment alone, since it may hold a secret (a webhook's
-address): no file of the run has it, no trainer sees it, and a later `finetui resume` needs it set again."""
 EXIT_STOPPED = 75
 EXIT_REFIT = 76
 """The trainer found that fewer rows fit at once, kept that with the run, and wants to be started again."""
@@ -70,7 +67,7 @@ def start(run: Run, *task: str, ready: "Ready | None" = None) -> int:
                 process = ready.process
             else:
                 command = [sys.executable, "-P", "-m", "core.runner", str(run.path), *task]
-                process = _spawn(command, run.path, log, handle)
+                process = _spawn(command, run.path, log, handle, runner_environment())
     except OSError as error:
         raise FinetuiError(f"The runner of {run.name} cannot be started: {error}.", "Check disk and memory.") from error
     finally:
@@ -107,9 +104,10 @@ def abort(run: Run) -> None:
 
 
 def _spawn(
-    command: Sequence[str], folder: Path, log: IO[bytes], handle: int, turn: int | None = None, **more: str
-) -> subprocess.Popen[bytes]:
-    environment = {**CHILD_ENV, **os.environ, **more, LOCK_ENV: str(handle)}
+    command: Sequence[str], folder: Path, log: IO[bytes], handle: int, environment: dict[str, str],
+    turn: int | None = None,
+) -> subprocess.Popen[bytes]:  # fmt: skip
+    environment = {**environment, LOCK_ENV: str(handle)}
     folder.mkdir(parents=True, exist_ok=True)
     if os.name == "nt":
         flags = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0) | getattr(subprocess, "CREATE_NO_WINDOW", 0)
@@ -153,6 +151,7 @@ class Runner:
         self.sampler = gpu.Sampler()
         self.next_sample = 0.0
         self.turn: int | None = None
+        self.software: dict[str, Any] = {}
 
     def stop_asked(self, *_: object) -> bool:
         return self.run.stop_path.exists()
@@ -169,10 +168,15 @@ class Runner:
         me = psutil.Process()
         self.run.events.keep_reserve()
         fresh = not any(self.run.stage_path(stage).exists() for stage in self.plan.stages)
+        before = {} if fresh else last_start(self.run) or {}
+        self.software = {
+            "version": __version__, "python": sys.version.split()[0], "versions": versions(), "code": code()
+        }  # fmt: skip
         self.run.events.append(
-            "run_start", version=__version__, python=sys.version.split()[0], host=platform.node(), pid=me.pid,
-            pid_started=me.create_time(), resumed=not fresh, versions=versions(), system=system(), boot=boot_id(),
+            "run_start", **self.software, host=platform.node(), pid=me.pid, pid_started=me.create_time(),
+            resumed=not fresh, system=system(), boot=boot_id(),
         )  # fmt: skip
+        self._tell_changes(before)
         if self._needs_device() and (ended := self._take_turn()):
             return self._end(ended)
         self._foretell()
@@ -181,6 +185,7 @@ class Runner:
                 return self._end("aborted")
             if self.stop_asked():
                 return self._end("stopped")
+            self.look_again()
             index = self.plan.stages.index(stage)
             trained = [name for name in self.plan.stages[:index] if name in TRAINING_STAGES]
             outcome = self._stage(index, stage, trained[-1] if trained else "")
@@ -188,6 +193,18 @@ class Runner:
                 return self._end(outcome)
             self._look_for_wishes()
         return self._end("done")
+
+    def _tell_changes(self, before: dict[str, Any]) -> None:
+        """Say what of the software is not what it was when this run was last started."""
+        if changed := changed_software(before, self.software):
+            text = f"Changed since this run was last started: {', '.join(changed)}."
+            advice = "Losses may differ a little from an unbroken run's."
+            self.run.events.append("notice", stage="", level="warning", text=text, advice=advice)
+
+    def look_again(self) -> None:
+        """A stage is a process of its own: what was upgraded meanwhile is what the next one trains with."""
+        before, self.software = self.software, {**self.software, "versions": versions(), "code": code()}
+        self._tell_changes(before)
 
     def _look_for_wishes(self) -> None:
         """What was asked of the run since it started joins the stages that are still ahead."""
@@ -293,7 +310,8 @@ class Runner:
                 folder.mkdir(parents=True, exist_ok=True)
                 if child := ready.take(command[4:], str(folder), files):
                     return child, ready
-            return _spawn(command, folder, log, self.lock, self.turn, **stage_environment(self.plan)), None
+            environment = {**child_environment(), **stage_environment(self.plan)}
+            return _spawn(command, folder, log, self.lock, environment, self.turn), None
 
     def _follow(self, child: subprocess.Popen[bytes]) -> bool:
         """Wait for the child, sampling; True when it was ended on request."""

@@ -342,12 +342,29 @@ def summary(run: Run, tail_bytes: int = 65_536) -> dict[str, Any]:
 
 def _last_end(path: Path) -> dict[str, Any] | None:
     """The `run_end` of a log whose tail tells only of what was done to the run later; None where it has none."""
-    with contextlib.suppress(OSError, ValueError), open_regular(path) as stream:
-        with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as log:
-            at = log.rfind(b'"kind":"run_end"')
-            if at > log.rfind(b'"kind":"run_start"'):
-                return parse_line(log[log.rfind(b"\n", 0, at) + 1 : log.find(b"\n", at)])
+    with contextlib.suppress(OSError, ValueError), _mapped(path) as log:
+        at = log.rfind(b'"kind":"run_end"')
+        if at > log.rfind(b'"kind":"run_start"'):
+            return _event_at(log, at)
     return None
+
+
+def last_start(run: Run) -> dict[str, Any] | None:
+    """The newest `run_start` of a run, however long its log; None where there is none."""
+    with contextlib.suppress(OSError, ValueError), _mapped(run.events_path) as log:
+        if (at := log.rfind(b'"kind":"run_start"')) >= 0:
+            return _event_at(log, at)
+    return None
+
+
+@contextlib.contextmanager
+def _mapped(path: Path) -> Iterator[mmap.mmap]:
+    with open_regular(path) as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as log:
+        yield log
+
+
+def _event_at(log: mmap.mmap, at: int) -> dict[str, Any] | None:
+    return parse_line(log[log.rfind(b"\n", 0, at) + 1 : log.find(b"\n", at)])
 
 
 def _modified(path: Path) -> float | None:

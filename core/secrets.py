@@ -5,9 +5,16 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Iterable
 from typing import IO, Any, cast
 
-NAMES = re.compile(r"(?:^|_)(?:TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS)(?:$|_)|^FINETUI_ON_END$", re.IGNORECASE)
+NAMES = re.compile(
+    r"(?:^|_)(?:TOKENS?|(?:API)?KEYS?|SECRETS?|PASSWD|PASSPHRASE|PAT|CREDENTIALS?|JWT|DSN|WEBHOOK|CONNECTION_STRING)(?:$|_)"
+    r"|PASSWORD|^SSHPASS$|^MYSQL_PWD$|^FINETUI_ON_END$", re.IGNORECASE,
+)  # fmt: skip
+HUB_NAMES = re.compile(r"^(?:HF|HUGGING_?FACE)_|_PROXY$", re.IGNORECASE)
+"""What a child that asks the Hub needs of what may be secret: its token, its address, a proxy with a password."""
+TRACKER_NAMES = {"wandb": "WANDB_", "trackio": "TRACKIO_"}
 SHORTEST = 8
 IN_ADDRESS = r"(?<=://)[^\s/:@\"']*:[^\s/@\"']+(?=@)"
 """User and password of an address, as a proxy, a mirror or a package index may have them."""
@@ -30,6 +37,17 @@ def without_secrets() -> dict[str, str]:
     """The environment for a child that asks nobody for anything: no token, no key, no password in an address."""
     telling = _pattern(())
     return {name: value for name, value in os.environ.items() if not NAMES.search(name) and not telling.search(value)}
+
+
+def hub_environment() -> dict[str, str]:
+    """The environment for a child that may ask the Hub and nobody else: no secret but those that this needs."""
+    return without_secrets() | {name: value for name, value in os.environ.items() if HUB_NAMES.search(name)}
+
+
+def tracker_environment(trackers: Iterable[str] = tuple(TRACKER_NAMES)) -> dict[str, str]:
+    """What these trackers find in the environment: address and key."""
+    starts = tuple(TRACKER_NAMES[tracker] for tracker in trackers if tracker in TRACKER_NAMES)
+    return {name: value for name, value in os.environ.items() if starts and name.startswith(starts)}
 
 
 def redact(text: str) -> str:

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 from typing import IO, Any
 
-from core.children import CHILD_ENV, stage_environment
+from core.children import child_environment, stage_environment
 from core.runs import Run
 from core.trust import refuse_strangers
 
@@ -35,7 +35,7 @@ class Talk:
         self._child = subprocess.Popen(
             [sys.executable, "-P", "-m", "core.evaluate_chat", str(run.path)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
-            cwd=tempfile.gettempdir(), env={**CHILD_ENV, **os.environ, **stage_environment(run.plan())},
+            cwd=tempfile.gettempdir(), env={**child_environment(), **stage_environment(run.plan())},
         )  # fmt: skip
         threading.Thread(target=self._listen, name="talk", daemon=True).start()
 

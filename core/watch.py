@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from core.console import NO_TERMINAL
 from core.evaluation import variant_words
 from core.evaluation_report import share_words
 from core.events import Event, EventTail, RunState, StageState
@@ -68,7 +69,7 @@ def follow_task(
 
 
 def _view() -> "_View":
-    able = os.name == "nt" or os.environ.get("TERM", "") not in ("", "dumb", "unknown")
+    able = os.name == "nt" or os.environ.get("TERM", "") not in NO_TERMINAL
     return _Bar() if sys.stdout.isatty() and able else _Plain()
 
 
@@ -199,7 +200,8 @@ def _line_of(event: Event, state: RunState) -> str:
 
 def metrics_line(stage: StageState) -> str:
     """Step, time left, loss or margin, and pace of a stage: what matters most first, where the rest is cut off."""
-    parts = [f"{'answer' if stage.name == 'evaluate' else 'step'} {stage.step:,}/{stage.total_steps:,}"]
+    total = f"/{stage.total_steps:,}" if stage.total_steps else ""
+    parts = [f"{'answer' if stage.name == 'evaluate' else 'step'} {stage.step:,}{total}"]
     if stage.eta_s is not None and stage.state == "running" and stage.step < stage.total_steps:
         parts.append(f"{duration(stage.eta_s)} left")
     loss, margin = stage.last("loss"), stage.last("rewards/margins")
@@ -370,7 +372,8 @@ def show_run(out: Console, run: Run) -> None:
         out.print(Text(clean(text), style=style), highlight=False)
 
     say(f"{GLYPHS.get(head['status'], '?')} {run.name}: {head['status']}", STYLES.get(head["status"], "bold"))
-    say(f"{state.method} of {state.model}, {duration(head['duration_s'])}, in {run.path}")
+    what = f"{state.method} of {state.model}" if state.created else "the beginning of its log is gone"
+    say(f"{what}, {duration(head['duration_s'])}, in {run.path}")
     if state.note:
         say(f"note: {state.note}")
     ended = None if head["status"] in ("running", "stopping") else run.events_path.stat().st_mtime

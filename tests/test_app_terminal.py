@@ -1,18 +1,28 @@
 """The app in a real terminal: it is killed while a real training runs, the training goes on, the next app finds it."""
 
 import os
+import select
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import finish, wait_until
 
-from core.runs import Run, is_alive, list_runs
+from core.runs import Run, is_alive, list_runs, request_stop
 from tui.draft import Draft, RowsDraft, load_draft, save_draft
+
+try:
+    import fcntl
+    import termios
+except ImportError:  # Windows
+    fcntl = termios = None  # type: ignore[assignment]
 
 ROOT = Path(__file__).resolve().parents[1]
 needs_tmux = pytest.mark.skipif(not shutil.which("tmux"), reason="tmux is not installed")
@@ -152,6 +162,65 @@ def test_by_keys_alone_from_the_wizard_through_death_and_stop_to_the_end(
     assert [step for step, _ in resumed] == sorted({step for step, _ in resumed}) and resumed[-1][0] == 1200
     terminal.press("q")
     wait_until(lambda: not terminal.text)
+
+
+def in_pty(command: list[str], environment: dict[str, str], width: int, height: int) -> tuple[subprocess.Popen, int]:
+    """A command in a terminal of its own, and our end of it."""
+    import pty
+
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", height, width, 0, 0))
+    child = subprocess.Popen(
+        command, stdin=slave, stdout=slave, stderr=slave, env=environment, cwd=ROOT, start_new_session=True
+    )
+    os.close(slave)
+    return child, master
+
+
+def read_until(master: int, words: str) -> None:
+    seen = b""
+    while words.encode() not in seen:
+        assert select.select([master], [], [], 60)[0], seen[-2000:]
+        seen += os.read(master, 65536)
+
+
+@pytest.mark.skipif(not shutil.which("screen"), reason="GNU screen is not installed")
+def test_screen_is_detached_attached_elsewhere_and_ended_and_the_run_goes_on(
+    tiny_model: Path, rows_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    run = Run(tmp_path / "runs" / "own")
+    start = (
+        f"-m core.cli sft --detach --name own --model-name {tiny_model} --local-file {rows_file()} --max-steps 30000 "
+        f"--set device=cpu --set lora.r=8 --runs-dir {run.path.parent}"
+    )
+    python, pid_file = f"{sys.executable} -P", tmp_path / "pid"
+    work = f"{python} {start} && echo $$ > {pid_file} && exec {python} -m tui --watch {run.path}"
+    with tempfile.TemporaryDirectory(prefix="screen-") as sockets:  # a socket's path must be short
+        environment = {**os.environ, "SCREENDIR": sockets, "LANG": "C.UTF-8", "TERM": "xterm", "PYTHONPATH": str(ROOT)}
+        for name in ("LC_ALL", "STY", "TMUX", "COLUMNS", "LINES"):
+            environment.pop(name, None)
+        screen = ["screen", "-c", "/dev/null", "-S", "finetui"]
+        masters = []
+        try:
+            first, master = in_pty([*screen, "sh", "-c", work], environment, 80, 24)
+            masters.append(master)
+            read_until(master, "● running")
+            subprocess.run([*screen, "-d"], env=environment, capture_output=True, check=False)
+            assert first.wait(30) is not None and is_alive(run)
+            second, master = in_pty([*screen, "-r"], environment, 120, 40)
+            masters.append(master)
+            read_until(master, "● running")
+            app = psutil.Process(int(pid_file.read_text()))
+        finally:
+            subprocess.run([*screen, "-X", "quit"], env=environment, capture_output=True, check=False)
+        second.wait(30)
+        app.wait(30)
+        step = run.state().stage("sft").step
+        wait_until(lambda: run.state().stage("sft").step > step)
+        request_stop(run)
+        assert finish(run) == "stopped" and run.newest_checkpoint("sft")
+        for master in masters:
+            os.close(master)
 
 
 @needs_tmux

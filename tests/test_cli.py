@@ -69,6 +69,24 @@ def test_a_missing_file_and_a_folder_are_refused(refused: Refused, tmp_path: Pat
         assert "is a folder" in refused(*words, tmp_path)
 
 
+def test_paths_from_where_one_stands_are_kept_from_the_root_on(
+    said: Callable[..., str], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trainer works in the folder of its run, and `resume` may be said anywhere."""
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "own").symlink_to(tiny_model)
+    (tmp_path / "rows.jsonl").write_text(ONE)
+    (tmp_path / "own.jinja").write_text("{{ messages[0]['content'] }}")
+    monkeypatch.chdir(tmp_path)
+    words = ("--local-file", "rows.jsonl", "--set", "model.chat_template=own.jinja")
+    plan = yaml.safe_load(said("plan", "sft", "--model-name", "models/own", *words))
+    assert plan["model"]["name"] == str(tmp_path / "models" / "own")
+    assert plan["model"]["chat_template"] == str(tmp_path / "own.jinja")
+    assert plan["sft"]["data"]["file"] == str(tmp_path / "rows.jsonl")
+    elsewhere = yaml.safe_load(said("plan", "sft", "--model-name", "somebody/own", *words))
+    assert elsewhere["model"]["name"] == "somebody/own"
+
+
 def test_a_column_that_there_is_not_is_refused_with_the_nearest_first(refused: Refused, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"id": 1, "frage": "a", "antwort": "b"}\n' * 300 + '{"frage": "a", "antwort": "b", "ton": "c"}\n')

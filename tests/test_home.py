@@ -11,6 +11,7 @@ from pilots import CONTROLS, HOSTILE, RECORDED, frame, recorded, shows, until
 
 from core import runner
 from core.backend import settle
+from core.children import ON_END_ENV
 from core.compare import settings_of
 from core.config import resolve
 from core.flags import build_parser
@@ -231,12 +232,12 @@ def test_on_end_runs_the_command_with_run_and_status_and_no_child_sees_it(
 ) -> None:
     run = planned(folder, "one", model__name="/no/model", sft__data__demo=True)
     # one file is moved into place, so that it is never seen half-written
-    monkeypatch.setenv(runner.ON_END_ENV, 'env >told.txt; echo "$FINETUI_STATUS of $FINETUI_RUN" > ended; mv ended end')
+    monkeypatch.setenv(ON_END_ENV, 'env >told.txt; echo "$FINETUI_STATUS of $FINETUI_RUN" > ended; mv ended end')
     runner.start(run)
     wait_until((run.path / "end").exists, 60)
     assert (run.path / "end").read_text() == f"failed of {run.path}\n"
     assert not is_alive(run)
-    assert runner.ON_END_ENV not in (run.path / "told.txt").read_text()
+    assert ON_END_ENV not in (run.path / "told.txt").read_text()
     assert "told.txt" not in run.events_path.read_text() + run.plan_path.read_text()
 
 

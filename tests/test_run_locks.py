@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -59,6 +60,21 @@ def test_a_run_is_alive_while_a_process_holds_its_lock_and_no_longer(named: Make
     child.kill()
     child.wait()
     assert not is_alive(run) and status(run, None) == "crashed" and status(run, "done") == "done"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs SIGSTOP")
+def test_a_run_that_is_suspended_runs_and_is_not_crashed(named: MakeNamed, holder: Any) -> None:
+    """As a laptop's lid or a debugger suspends it: nobody may resume it meanwhile."""
+    run = named()
+    child = holder(run)
+    child.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, child.pid, os.WSTOPPED | os.WNOWAIT)
+    assert is_alive(run) and status(run, None) == "running"
+    with pytest.raises(FinetuiError, match="is running already"):
+        take_lock(run, patience_s=0.05)
+    child.send_signal(signal.SIGCONT)
+    released(child)
+    assert status(run, None) == "crashed"
 
 
 def test_a_stop_is_shown_until_the_run_has_ended(named: MakeNamed, holder: Any) -> None:

@@ -1,4 +1,4 @@
-"""``python -P -m tui [--runs-dir DIR]``: the app in this terminal. Exit code 2 without one."""
+"""``python -P -m tui [--runs-dir DIR]``: the app in this terminal. Exit code 2 without one that it can draw in."""
 
 import argparse
 import os
@@ -6,6 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from core.console import need_terminal
+from core.errors import FinetuiError
 from core.paths import runs_dir
 from core.runs import Run
 
@@ -17,10 +19,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--watch", metavar="PATH", help="open this run's directory or recorded log at once")
     parser.add_argument("--chat", metavar="PATH", help="talk to the model of this run's directory at once")
     arguments = parser.parse_args(argv)
-    if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        print("finetui: The app needs a terminal.", file=sys.stderr)
-        print("  Without one use the commands: `finetui --help`.", file=sys.stderr)
-        return 2
+    try:
+        need_terminal()
+    except FinetuiError as error:
+        print(f"finetui: {error.message}\n  {error.advice}", file=sys.stderr)
+        return error.exit_code
     folder = runs_dir(arguments.runs_dir)
     os.environ["FINETUI_RUNS"] = str(folder)
 

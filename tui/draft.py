@@ -13,7 +13,7 @@ from core.backend import gpu_present, settle
 from core.config import OPTIONS, Resolved, flatten, resolve, size_presets
 from core.errors import FinetuiError
 from core.flags import flags_of
-from core.paths import cache_dir, configs_dir, expanded, remove_torn, replacing, torn_beside
+from core.paths import cache_dir, configs_dir, remove_torn, replacing, torn_beside
 from core.plan import Option, Plan
 from core.sources import model_source
 from core.stages import Method
@@ -147,13 +147,6 @@ def checked(draft: Draft) -> Checked:
         except FinetuiError as error:
             problems[path] = error
     config = configs_dir() / DEMO if draft.is_demo() else None
-    for name in ("sft.data.file", "kto.data.file", "samples.file", "evaluate.file", "evaluate.tools"):
-        if (given := values.get(name, (None, ""))[0]) is not None:
-            values[name] = (str(expanded(given).absolute()), SOURCE)
-    for name in ("sft.data.files", "kto.data.files"):
-        if isinstance(given := values.get(name, (None, ""))[0], dict):
-            there = {str(expanded(str(key)).absolute()): weight for key, weight in given.items()}
-            values[name] = (there, SOURCE)
     while True:
         try:
             resolved = resolve(draft.method, config, values, gpu_present=gpu_present())

@@ -238,7 +238,8 @@ class WizardScreen(Room[Run | None]):
         except OSError as error:
             if not self._save_failed:
                 self._save_failed = True
-                self.notify(clean(f"The draft cannot be kept: {error.strerror}."), severity="warning", markup=False)
+                words = f"The draft cannot be kept: {error.strerror}. FINETUI_CACHE names another folder."
+                self.notify(clean(words), severity="warning", markup=False)
 
     @work(thread=True, exclusive=True, group="plan", exit_on_error=False)
     def work_out(self) -> None:

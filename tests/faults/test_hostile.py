@@ -20,6 +20,7 @@ from pilots import CONTROLS
 from rich.console import Console
 
 from core import gguf_tools, runner
+from core.children import ON_END_ENV, runner_environment, stage_environment
 from core.cli import main
 from core.config import read_yaml
 from core.errors import FinetuiError
@@ -296,28 +297,50 @@ def test_a_strangers_run_may_not_run_its_models_code(
 # --- secrets ---
 
 TOKENS = {"HF_TOKEN": "hf_FAKEfakeFAKEfakeFAKEfakeFAKEfake01", "WANDB_API_KEY": "f4k3" * 10}
+OTHERS = {
+    "AWS_SECRET_ACCESS_KEY": "fakefake" * 5, "OPENAI_API_KEY": "other" * 5, "PGPASSWORD": "fake-password",
+    "DATABASE_URL": "postgres://me:FakePass1@db.example/x", "HTTPS_PROXY": "http://me:FakePass2@127.0.0.1:1",
+}  # fmt: skip
+"""Of what else a person's environment may hold, a trainer needs the proxy alone."""
 
 
 def holds_token(text: str) -> bool:
-    return any(token in text for token in TOKENS.values())
+    return any(token in text for token in (*TOKENS.values(), *OTHERS.values(), "FakePass"))
+
+
+def test_a_tracker_that_is_asked_for_finds_its_key_and_the_command_at_the_end_finds_everything(
+    named: MakeNamed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {**TOKENS, **OTHERS, "LD_LIBRARY_PATH": "/opt/lib", "HF_HOME": "/data/hf"}.items():
+        monkeypatch.setenv(name, value)
+    plain, tracked = named("plain").plan(), named("tracked", tracking__report_to=["wandb"]).plan()
+    assert "WANDB_API_KEY" not in stage_environment(plain)
+    assert stage_environment(tracked)["WANDB_API_KEY"] == TOKENS["WANDB_API_KEY"]
+    bare = runner_environment()
+    assert {**TOKENS, "HTTPS_PROXY": OTHERS["HTTPS_PROXY"], "LD_LIBRARY_PATH": "/opt/lib"}.items() <= bare.items()
+    assert bare["HF_HOME"] == "/data/hf" and not OTHERS.keys() - {"HTTPS_PROXY"} & bare.keys()
+    monkeypatch.setenv(ON_END_ENV, "notify")
+    assert OTHERS.items() <= runner_environment().items()
 
 
 def test_no_token_is_in_any_file_process_list_or_crash_report_of_a_run(
     make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The run dies of an error whose message holds both."""
+    """The run dies of an error whose message holds the token that a trainer has, and the names of what else it has."""
     for name, value in TOKENS.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("FINETUI_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("FINETUI_ON_END", f"echo {TOKENS['HF_TOKEN']} >/dev/null")
     site = tmp_path / "site"
     site.mkdir()
+    for name, value in OTHERS.items():
+        monkeypatch.setenv(name, value)
     (site / "sitecustomize.py").write_text(
-        "import os, sys\n"
+        f"import os, sys\nNAMES = {set(OTHERS) | set(TOKENS)}\n"
         "if 'core.train' in sys.orig_argv:\n"
         "    import transformers.trainer as t\n"
         "    def step(self, *a, **k):\n"
-        "        raise RuntimeError('401 for ' + os.environ['HF_TOKEN'] + os.environ['WANDB_API_KEY'])\n"
+        "        raise RuntimeError('401 for ' + os.environ['HF_TOKEN'] + f', {sorted(os.environ.keys() & NAMES)}')\n"
         "    t.Trainer.training_step = step\n"
     )
     root = str(Path(__file__).resolve().parents[2])
@@ -329,7 +352,7 @@ def test_no_token_is_in_any_file_process_list_or_crash_report_of_a_run(
     for process in [me, *me.children(recursive=True)]:
         assert not holds_token(" ".join(process.cmdline()))
     assert finish(run) == "failed"
-    assert "401 for ‹secret›" in run.state().errors[-1]["message"]
+    assert run.state().errors[-1]["message"] == "401 for ‹secret›, ['HF_TOKEN', 'HTTPS_PROXY']"
     assert main(["report", run.name, "--runs-dir", str(run.path.parent)]) == 0
     searched = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(searched) > 8

@@ -3,6 +3,7 @@
 import os
 import pty
 import re
+import select
 import shutil
 import subprocess
 import sys
@@ -105,7 +106,7 @@ def in_pty(
     child = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, env=environment)
     os.close(slave)
     seen = b""
-    while True:
+    while select.select([master], [], [], 60)[0]:
         try:
             part = os.read(master, 65536)
         except OSError:
@@ -113,6 +114,8 @@ def in_pty(
         if not part:
             break
         seen += part
+    else:
+        child.kill()
     child.wait(60)
     os.close(master)
     return seen
@@ -128,6 +131,43 @@ def test_a_dumb_terminal_is_sent_no_control(term: str, named: MakeNamed) -> None
     for words in (["watch", "ended"], ["show", "ended"], ["runs"]):
         seen = in_pty(*words, "--runs-dir", str(run.path.parent), TERM=term, PYTHONPATH=str(ROOT))
         assert b"done" in seen and not re.search(rb"\x1b\[[0-9;]*[A-HJKSTfhl]|\x1b\]", seen), seen
+
+
+@pytest.mark.parametrize("term", ["dumb", ""])
+def test_the_app_tells_a_terminal_it_cannot_draw_in_what_to_do_and_sends_it_no_control(term: str) -> None:
+    for command in ([sys.executable, "-P", "-m", "core.cli"], [sys.executable, "-P", "-m", "tui"]):
+        seen = in_pty(command=command, environment={**os.environ, "TERM": term, "PYTHONPATH": str(ROOT)})
+        assert seen.startswith(b"finetui: The app needs a terminal that it can draw in; TERM is ")
+        assert b"export TERM=" in seen and b"\x1b" not in seen
+
+
+def test_a_window_of_screen_that_is_not_utf8_is_told_how_to_be() -> None:
+    bare = {name: value for name, value in os.environ.items() if not name.startswith(("LC_", "LANG"))}
+    seen = in_pty(environment={**bare, "TERM": "screen", "STY": "1.pts", "PYTHONPATH": str(ROOT)})
+    assert b"screen -U" in seen and b"\x1b" not in seen
+
+
+@pytest.fixture
+def latin1(tmp_path: Path) -> dict[str, str]:
+    """The environment of a locale that is not UTF-8."""
+    words = ["localedef", "-i", "tr_TR", "-f", "ISO-8859-9", str(tmp_path / "tr_TR.ISO-8859-9")]
+    if not shutil.which("localedef") or subprocess.run(words, capture_output=True, check=False).returncode:
+        pytest.skip("no locale can be made here (on Debian: apt install locales)")
+    return {"LOCPATH": str(tmp_path), "LC_ALL": "tr_TR.ISO-8859-9", "LANG": ""}
+
+
+def test_in_a_locale_that_is_not_utf8_files_are_found_and_text_is_whole(
+    latin1: dict[str, str], tiny_model: Path, rows_file: Callable[..., Path], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The tokenizer's library takes paths for UTF-8, whatever the locale says."""
+    model = tmp_path / "ağaç" / "木"
+    shutil.copytree(tiny_model, model)
+    words = ["check", str(rows_file()), "--method", "sft", "--model-name", "ağaç/木", "--max-seq-length", "100"]
+    monkeypatch.chdir(tmp_path)
+    done = finetui(*words, FINETUI_RUNS=str(tmp_path / "runs"), HOME=str(tmp_path), **latin1)
+    assert done.returncode == 0 and "· 20 answers are labelled false" in in_a_sentence(done)
+    assert "20 rows fit, 0 are cut" in done.stdout
 
 
 # --- WSL2 ---

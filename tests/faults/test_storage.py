@@ -2,12 +2,15 @@
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import MakeNamed, MakeRun, finish, losses, wait_until
@@ -16,10 +19,14 @@ from hypothesis import strategies as st
 
 from core import runner
 from core.checkpoints import MANIFEST, damage, is_complete, sound_checkpoint, write_manifest
+from core.cli import main
 from core.errors import FinetuiError
+from core.events import EventTail
+from core.machine_use import boot_id, changed_software, code, versions
 from core.plan import KTOPlan, SFTPlan
+from core.postmortem import post_mortem
 from core.reporter import Reporter
-from core.runs import Run, create_run, is_alive, status, take_lock
+from core.runs import Run, create_run, is_alive, process_lives, status, summary, take_lock
 from core.train_resume import compare_with_start, resume_point, settings_of, sound_base
 
 HERE = Path(__file__).resolve().parent
@@ -181,6 +188,88 @@ def test_a_real_run_goes_on_from_the_last_sound_checkpoint_with_a_lower_rate(mak
     assert rates[steps] == pytest.approx(1e-3) and rates[steps - 4] == pytest.approx(1e-2)
 
 
+# --- other software ---
+
+
+def test_what_was_upgraded_between_stop_and_resume_is_told(named: MakeNamed) -> None:
+    run = named()
+    folder = run.final_model("sft")
+    folder.mkdir(parents=True)
+    (folder / "adapter_model.safetensors").write_bytes(os.urandom(100))
+    write_manifest(folder)
+    older = {**versions(), "torch": "1.0", "bitsandbytes": "0.1"}
+    run.events.append("run_start", version="0.0", python=platform.python_version(), versions=older, code="abc")
+    run.events.append("log", stage="sft", step=1, loss=1.0)
+    run.events.append("run_end", status="stopped")
+    runner.start(run)
+    assert finish(run) == "done"
+    [notice] = run.state().notices
+    assert f"torch 1.0 → {versions()['torch']}" in notice["text"] and "finetui 0.0 → " in notice["text"]
+    assert "bitsandbytes 0.1 → none" in notice["text"] and "transformers" not in notice["text"]
+    assert "Python" not in notice["text"] and run.state().start["boot"] == boot_id()
+    runner.start(run)
+    assert finish(run) == "done" and len(run.state().notices) == 1, "nothing was changed since"
+
+
+def test_a_changed_checkout_is_told_before_the_stage_that_runs_with_it(
+    named: MakeNamed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = named()
+    walker = runner.Runner(run, run.plan(), -1)
+    walker.software = {"version": "0.1.0", "code": code(), "versions": versions()}
+    walker.look_again()
+    assert run.state().notices == []
+    monkeypatch.setattr(runner, "code", lambda: "pulled")
+    walker.look_again()
+    walker.look_again()
+    [notice] = run.state().notices
+    assert notice["text"] == "Changed since this run was last started: finetui's own code."
+
+
+@pytest.mark.parametrize("before", [{}, {"versions": 3, "python": None}, {"versions": {"torch": []}, "code": 1}])
+def test_a_start_that_says_little_of_its_software_is_no_error(before: dict[str, Any]) -> None:
+    now = {"versions": versions(), "python": "3.12", "code": "x", "version": "1"}
+    assert isinstance(changed_software(before, now), list) and changed_software({}, now) == []
+
+
+def test_a_plan_of_another_version_is_read_and_what_it_has_too_much_is_named(named: MakeNamed) -> None:
+    run = named()
+    lines = run.plan_path.read_text().splitlines(keepends=True)
+    run.plan_path.write_text("".join(line for line in lines if "save_total_limit" not in line))
+    assert run.plan().sft.save_total_limit == SFTPlan().save_total_limit, "an older one did not have it yet"
+    run.plan_path.write_text("".join([*lines, "tomorrows_key: 3\n"]))
+    with pytest.raises(FinetuiError, match="there is no option 'tomorrows_key'") as caught:
+        runner.resume(run)
+    assert "another version of finetui" in caught.value.advice and f"line {len(lines) + 1}" in caught.value.message
+
+
+def test_a_log_that_was_cut_off_at_its_beginning_is_followed_and_shown(
+    named: MakeNamed, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As logrotate's copytruncate does under a living run."""
+    run = named()
+    run.events.append("stage_start", name="sft")
+    tail, before = EventTail(run.events_path), EventTail(run.events_path)
+    assert [event["kind"] for event in tail.read()] == ["created", "stage_start"]
+    os.truncate(run.events_path, 0)
+    assert tail.read() == []
+    run.events.append("log", stage="sft", step=7, loss=1.5)
+    assert [event["kind"] for event in tail.read()] == [event["kind"] for event in before.read()] == ["log"]
+    assert main(["show", run.name, "--runs-dir", str(run.path.parent)]) == 0
+    shown = capsys.readouterr().out
+    assert "the beginning of its log is gone" in shown and "step 7  loss 1.5" in shown
+
+
+def test_what_is_made_under_an_open_umask_can_be_written_by_nobody_else(tmp_path: Path) -> None:
+    rows, cache = tmp_path / "rows.jsonl", tmp_path / "cache"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n')
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parents[1]), "FINETUI_CACHE": str(cache)}
+    words = [sys.executable, "-P", "-m", "core.cli", "check", str(rows), "--method", "sft"]
+    subprocess.run(words, umask=0, env=environment, capture_output=True, check=True)
+    assert len(made := [cache, *cache.rglob("*")]) >= 3
+    assert [path.name for path in made if path.stat().st_mode & 0o002] == []
+
+
 # --- folders ---
 
 
@@ -188,13 +277,16 @@ def test_a_folder_deleted_while_it_trains_ends_the_run_and_does_not_come_back(ma
     run = make_run("sft", sft__max_steps=4000, sft__save_steps=5)
     runner.start(run)
     wait_until(lambda: run.state().stage("sft").checkpoints)
-    pids = [run.state().start["pid"], run.state().stage("sft").pid]
+    start, stage = run.state().start, run.state().stage("sft")
+    pids = [(start["pid"], start["pid_started"]), (stage.pid, stage.pid_started)]
     away = run.path.with_name("away")
     run.path.rename(away)  # at once, as a file manager moves it to the bin
     try:
         wait_until(lambda: not is_alive(Run(away)), 60)
         assert not run.path.exists() or not (run.path / "plan.yaml").exists()
-        assert pids
+        wait_until(lambda: not any(process_lives(pid, started) for pid, started in pids), 60)
+        card = post_mortem(Run(away), "crashed")
+        assert card and card.cause.kind == "moved" and "under the name that it has now" in card.cause.advice
     finally:
         shutil.rmtree(run.path, ignore_errors=True)
 
@@ -279,11 +371,51 @@ def test_a_reboot_with_a_clock_that_was_set_back_and_ids_given_again_leaves_a_ru
         log.write(ahead + "\n")
     run.lock_path.write_text(json.dumps({"pid": os.getpid(), "started": 1.0}))
     assert status(run, run.state().end_status) == "crashed", "this process has the id, and is another"
-    from core.postmortem import post_mortem
-    from core.runs import summary
-
     card = post_mortem(run, "crashed")
-    assert card and card.cause.kind in ("restarted", "vanished")
+    assert card and card.cause.kind == ("restarted" if boot_id() else "vanished")
     run.events.append("run_start", pid=1)
     assert (summary(run)["duration_s"] or 0) >= 0
     os.close(take_lock(run, 0.1))
+
+
+def at(run: Run, t: float, kind: str, **fields: Any) -> None:
+    """An event of that time."""
+    with run.events_path.open("a") as log:
+        log.write(json.dumps({"t": t, "kind": kind, **fields}) + "\n")
+
+
+def test_a_clock_that_was_set_back_makes_no_time_negative(named: MakeNamed) -> None:
+    run, ahead = named(), time.time() + 3600
+    at(run, ahead, "run_start", pid=1)
+    at(run, ahead, "stage_start", name="sft")
+    at(run, ahead, "totals", stage="sft", steps=100)
+    assert summary(run)["duration_s"] == 0, "it began in an hour"
+    for step in range(1, 6):
+        at(run, ahead + 10 * step if step < 3 else ahead - 3600 + step, "log", stage="sft", step=step, loss=1.0)
+    stage = run.state().stage("sft")
+    assert stage.eta_s is None and stage.steps_per_second is None, "over the jump no pace is known"
+    for step in range(6, 20):
+        at(run, ahead - 3600 + step, "log", stage="sft", step=step, loss=1.0)
+    assert run.state().stage("sft").eta_s == pytest.approx(81), "and after it, it is"
+    at(run, ahead, "run_end", status="stopped")
+    at(run, ahead - 3600, "run_start", pid=1)
+    assert run.state().paused_s == 0
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs process groups")
+def test_an_abort_ends_no_stranger_that_was_given_the_ids_of_runner_and_trainer(named: MakeNamed) -> None:
+    run = named()
+    stranger = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, start_new_session=True)
+    lock = take_lock(run)
+    try:
+        run.events.append("run_start", pid=stranger.pid, pid_started=1.0)
+        run.events.append("stage_start", name="sft", pid=stranger.pid, pid_started=1.0)
+        runner.abort(run)
+        assert stranger.poll() is None and run.abort_path.exists()
+        assert run.state().end_status == "aborted", "nobody else is there to say so"
+        stranger.communicate(b"\n")
+        assert stranger.returncode == 0
+    finally:
+        stranger.kill()
+        stranger.communicate()
+        os.close(lock)
