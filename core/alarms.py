@@ -19,6 +19,10 @@ SURE = 3
 MARGIN_MOVED = 0.01
 LOSS_MOVED = 1e-6
 LEARNED = 0.05
+BY_HEART = 1.1
+"""Times the lowest held-out loss; from there on rows are learned by heart."""
+TOLD_APART = 0.01
+"""A loss of KTO at which good and bad answers are told apart as far as its sigmoid goes."""
 FORGOTTEN = 2000
 Points = Sequence[tuple[int, float | None]]
 
@@ -45,7 +49,7 @@ def stage_alerts(stage: StageState) -> list[Alert]:
     name = clean(stage.name.upper(), 12)
     if alarm := _not_finite(stage, name) or _gradients(stage, name) or _diverged(stage, name):
         return [alarm]
-    return _still(stage, name)
+    return [*_still(stage, name), *filter(None, (_by_heart(stage, name), _told_apart(stage, name)))]
 
 
 def _not_finite(stage: StageState, name: str) -> Alert | None:
@@ -127,6 +131,37 @@ def _frozen(losses: Sequence[float]) -> bool:
     """The same figure five times over. A trainer rounds it to four places: one near 0 may be the same for long."""
     same = max(losses[-SOON:]) - min(losses[-SOON:]) <= LOSS_MOVED * abs(losses[-1])
     return same and (losses[-1] >= LEARNED or not any(losses))
+
+
+def _by_heart(stage: StageState, name: str) -> Alert | None:
+    """Held-out rows get worse, twice in a row, while the trained ones get better."""
+    held = [(step, value) for step, value in stage.series.get("eval_loss", []) if value is not None]
+    if len(held) < 3:
+        return None
+    best_at, best = min(held, key=lambda point: point[1])
+    newest = held[-1][1]
+    if best <= 0 or held[-2][0] <= best_at or min(held[-2][1], newest) < BY_HEART * best:
+        return None
+    losses = [(step, value) for step, value in stage.series["loss"] if value is not None]
+    then, now = [value for step, value in losses if step <= best_at][-SOON:], [value for _, value in losses[-SOON:]]
+    if not then or _mean(now) >= _mean(then):
+        return None
+    rose = f"{name}: the held-out loss is at {number(newest, 3)} and was at {number(best, 3)} at step {best_at}"
+    advice = (
+        f"Take fewer epochs or more rows. {stage.name}.early_stopping_patience ends a stage in time, "
+        f"{stage.name}.load_best_model_at_end keeps the best checkpoint."
+    )
+    return Alert(2, f"{rose}, while the loss falls: the rows are learned by heart.", advice, "by-heart")
+
+
+def _told_apart(stage: StageState, name: str) -> Alert | None:
+    """KTO goes on pushing answers apart that are as far apart as its loss can see."""
+    losses = [value for _, value in stage.series["loss"] if value is not None]
+    if stage.name != "kto" or len(losses) < SOON or max(losses[-SOON:]) >= TOLD_APART:
+        return None
+    text = f"{name}: the loss is at {number(losses[-1], 3)}: good and bad answers are told apart, more only does harm."
+    advice = f"Lower {stage.name}.learning_rate or its epochs, and compare its answers with SFT's (`finetui eval`)."
+    return Alert(2, text, advice, "told-apart")
 
 
 def _still_kto(stage: StageState, name: str, warm: int) -> list[Alert]:

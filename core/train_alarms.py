@@ -15,6 +15,7 @@ from core.plan import StagePlan
 from core.reporter import Reporter
 from core.train_model import load_adapter_weights
 
+LOOKED_AT = {"loss", "eval_loss"}
 LEVELS = {3: "error", 2: "warning", 1: "info"}
 
 
@@ -36,14 +37,14 @@ class AlarmCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         for entry in state.log_history:  # a resumed stage knows what came before
-            if "loss" in entry:
+            if LOOKED_AT & entry.keys():
                 self.watchman.look(int(entry["step"]), state.max_steps, figures_of(entry))
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
         logs: dict[str, Any] | None = None, **kwargs: Any,
     ) -> None:  # fmt: skip
-        if "loss" not in (logs or {}):
+        if not LOOKED_AT & (logs or {}).keys():
             return
         for alert in self.watchman.look(state.global_step, state.max_steps, figures_of(logs or {})):
             self.reporter.event(

@@ -260,7 +260,7 @@ def test_a_file_without_a_prompt_is_refused(rows_file: WriteRows) -> None:
 
 def told_of(run: Run) -> dict[str, Any]:
     """What the history tells of a run, but for the stage that was last."""
-    return {key: value for key, value in summary(run).items() if key not in ("stage", "step")}
+    return {key: value for key, value in summary(run).items() if key not in ("stage", "step", "total_steps")}
 
 
 def command(*words: object) -> subprocess.CompletedProcess[str]:

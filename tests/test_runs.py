@@ -262,8 +262,8 @@ def test_a_run_that_has_not_begun_and_one_without_a_log_are_told_too(named: Make
     run = named()
     assert summary(run) | {"duration_s": None} == {
         "name": "one", "status": "crashed", "method": "sft", "model": "135m", "note": "", "started": None,
-        "pinned": False, "stage": None, "created": summary(run)["created"], "step": 0, "loss": None,
-        "margin": None, "duration_s": None,
+        "pinned": False, "stage": None, "created": summary(run)["created"], "step": 0, "total_steps": 0,
+        "left_s": None, "loss": None, "margin": None, "duration_s": None,
     }  # fmt: skip
     run.events_path.unlink()
     assert summary(run)["status"] == "crashed"

@@ -56,6 +56,10 @@ FAULTS: dict[str, tuple[str, int, dict[str, Callable[[int], float | None]]]] = {
     "kl": ("kto", 4, {
         "loss": falling, "rewards/margins": lambda step: 0.05 * step, "kl": lambda _: 0.0, "learning_rate": warm,
     }),
+    "by-heart": ("sft", 20, {"loss": falling, "eval_loss": lambda step: 1.0 if step < 20 else 1 + (step - 19) / 20}),
+    "told-apart": ("kto", 20, {
+        "loss": lambda step: falling(step) if step < 20 else 1e-6 * (step + 1), "rewards/margins": float,
+    }),
 }  # fmt: skip
 
 
@@ -97,7 +101,7 @@ def test_the_watchman_forgets_what_is_long_ago_and_costs_the_same_for_ever() -> 
 
 @given(st.lists(st.fixed_dictionaries({}, optional={
     key: st.one_of(st.none(), st.floats(allow_nan=False, allow_infinity=False))
-    for key in ("loss", "grad_norm", "kl", "rewards/margins", "learning_rate")
+    for key in ("loss", "eval_loss", "grad_norm", "kl", "rewards/margins", "learning_rate")
 }), max_size=30), st.sampled_from(["sft", "kto"]))  # fmt: skip
 def test_no_figures_break_the_watchman(figures: list[Figures], stage: str) -> None:
     watchman = Watchman(stage)
