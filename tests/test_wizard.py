@@ -409,10 +409,17 @@ async def test_a_model_of_ones_own_is_looked_at_and_the_sizes_say_what_fits_here
         assert "✔ yes" in text and "✘ 10.0 free" in text
         app.wizard.query_one("#own", Input).value = f"{tmp_path}/nowhere"
         await shows(pilot, "There is no model folder")
+        app.wizard.query_one("#sizes").focus()
+        await pilot.press("enter")
+        await until(pilot, lambda: app.wizard.focused and app.wizard.focused.id == "own")
+        assert app.wizard.draft.step == 1  # Enter holds, and leads to what is wrong
         app.wizard.query_one("#own", Input).value = str(tiny_model)
         await shows(pilot, "✔ ", "Clear the line to take one from the table")
         app.wizard.query_one("#own", Input).value = "run:nothing"
         await shows(pilot, "There are no runs in")
+        app.wizard.query_one("#own", Input).value = ""
+        await pilot.press("enter")
+        await until(pilot, lambda: app.wizard.draft.step == 2)
 
 
 def test_what_fits_is_told_against_the_free_memory() -> None:

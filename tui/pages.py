@@ -58,8 +58,11 @@ class Page(VerticalScroll, can_focus=False):
     """One step of the wizard."""
 
     first = ""
-    waits_for_check = False
-    """Whether going on has to wait until the newest change was checked."""
+
+    @property
+    def waits_for_check(self) -> bool:
+        """Whether going on has to wait until the newest change was checked."""
+        return False
 
     @property
     def waits_for_rows(self) -> bool:
@@ -131,6 +134,11 @@ class MethodPage(Page):
 
 class ModelPage(Page):
     first = "#sizes"
+
+    @property
+    def waits_for_check(self) -> bool:
+        """Only a model of one's own may be wrong."""
+        return bool(self.draft.model.strip())
 
     def compose(self) -> ComposeResult:
         yield Words("Which model?", classes="question")
@@ -217,6 +225,14 @@ class ModelPage(Page):
         if event.value != self.draft.model:
             self.draft.model = event.value
             self.edited()
+
+    def ready(self, found: Checked | None) -> bool:
+        """Whether a model of one's own is one; else the focus goes to its name."""
+        if not found or not self.draft.model.strip() or "model.name" not in found.problems:
+            return True
+        self.app.bell()
+        self.query_one("#own").focus()
+        return False
 
     def show(self, found: Checked) -> None:
         error = found.problems.get("model") or found.problems.get("model.name")
