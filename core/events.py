@@ -284,6 +284,19 @@ class RunState:
         running = [stage for stage in begun if stage.state == "running"]
         return (running or begun)[-1] if begun else None
 
+    def last(self, metric: str) -> float | None:
+        """The newest finite value of a metric in any stage, of a later stage first."""
+        found = (stage.last(metric) for stage in reversed(self.stages))
+        return next((value for value in found if value is not None), None)
+
+    def forget(self, points: int) -> None:
+        """Keep of all that grows with a run its newest `points`, or a few more: for who shows no more of it."""
+        curves: list[Any] = [c for stage in self.stages for c in (stage.pace, stage.checkpoints, *stage.series.values())]
+        told = [self.gpu, self.notices, self.errors, self.samples, *curves]
+        for growing in told:
+            if len(growing) > 2 * points:
+                del growing[:-points]
+
     def fold(self, event: Event) -> None:
         """Take one event in. Unknown kinds and missing fields are passed over."""
         handler = getattr(self, f"_on_{event['kind']}", None)

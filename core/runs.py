@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import psutil
 
@@ -37,6 +37,8 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+HEAD_BYTES, TAIL_BYTES = 8192, 65_536
+KEPT_POINTS = 64
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -303,41 +305,71 @@ def delete_run(run: Run) -> None:
         os.close(handle)
 
 
-def summary(run: Run, tail_bytes: int = 65_536) -> dict[str, Any]:
+def summary(run: Run, tail_bytes: int = TAIL_BYTES) -> dict[str, Any]:
     """What the history shows of a run, from the head and the tail of its log: cheap for a thousand runs.
 
     Keys: name, status, method, model, note, pinned, created, started (unix seconds or None), duration_s, stage, step,
     total_steps (0 where the tail does not tell), left_s (of the stage that runs, or None), loss, margin.
     """
-    state = RunState(name=run.name)
-    for event in head_and_tail(run.events_path, tail_bytes):
-        state.fold(event)
-    if state.end_status is None and not is_alive(run) and (end := _last_end(run.events_path)):
-        state.fold(end)
-    current = state.current
-    now = status(run, state.end_status)
-    live = now in ("running", "stopping")
-    begun = (state.task_started if live else None) or state.started or state.created
-    until = time.time() if live else state.ended or _modified(run.events_path)
-    training = [stage for stage in state.stages if stage.series]
-    note = read_note(run.path) or Note(state.note)
-    return {
-        "name": run.name,
-        "status": now,
-        "method": state.method,
-        "model": state.model,
-        "note": note.text,
-        "pinned": note.pinned,
-        "created": state.created,
-        "started": state.started,
-        "duration_s": round(max(0.0, until - begun - state.paused_s), 1) if begun and until else None,
-        "stage": current.name if current else None,
-        "step": current.step if current else 0,
-        "total_steps": current.total_steps if current else 0,
-        "left_s": round(current.eta_s, 1) if live and current and current.eta_s is not None else None,
-        "loss": next((stage.last("loss") for stage in reversed(training) if stage.last("loss") is not None), None),
-        "margin": next((m for stage in reversed(training) if (m := stage.last("rewards/margins")) is not None), None),
-    }
+    return Digest(run, tail_bytes).read()
+
+
+class Digest:
+    """The summary of a run, kept up with its log: first its two ends are read, then what is new. It stays small."""
+
+    def __init__(self, run: Run, tail_bytes: int = TAIL_BYTES) -> None:
+        self.run, self.tail_bytes = run, tail_bytes
+        self._state, self._offset = RunState(name=run.name), 0
+
+    def read(self) -> dict[str, Any]:
+        """The run as it is now; keys as `summary` gives them."""
+        self._catch_up()
+        run, state = self.run, self._state
+        if state.end_status is None and not is_alive(run) and (end := _last_end(run.events_path)):
+            state.fold(end)
+        current = state.current
+        now = status(run, state.end_status)
+        live = now in ("running", "stopping")
+        begun = (state.task_started if live else None) or state.started or state.created
+        until = time.time() if live else state.ended or _modified(run.events_path)
+        note = read_note(run.path) or Note(state.note)
+        return {
+            "name": run.name,
+            "status": now,
+            "method": state.method,
+            "model": state.model,
+            "note": note.text,
+            "pinned": note.pinned,
+            "created": state.created,
+            "started": state.started,
+            "duration_s": round(max(0.0, until - begun - state.paused_s), 1) if begun and until else None,
+            "stage": current.name if current else None,
+            "step": current.step if current else 0,
+            "total_steps": current.total_steps if current else 0,
+            "left_s": round(current.eta_s, 1) if live and current and current.eta_s is not None else None,
+            "loss": state.last("loss"),
+            "margin": state.last("rewards/margins"),
+        }
+
+    def _catch_up(self) -> None:
+        """Fold what the log tells since the last call; where that is much, or the log is shorter, its two ends anew."""
+        try:
+            with open_regular(self.run.events_path) as stream:
+                size = os.fstat(stream.fileno()).st_size
+                if self._offset and 0 <= size - self._offset <= self.tail_bytes:
+                    stream.seek(self._offset)
+                    new = stream.read(size - self._offset)
+                else:
+                    self._state = RunState(name=self.run.name)
+                    new = _ends(stream, size, self.tail_bytes)
+        except OSError:
+            return
+        whole = new.rfind(b"\n") + 1  # a line still being written waits for the next call
+        self._offset = size - len(new) + whole
+        for line in new[:whole].splitlines():
+            if (event := parse_line(line)) is not None:
+                self._state.fold(event)
+        self._state.forget(KEPT_POINTS)
 
 
 def _last_end(path: Path) -> dict[str, Any] | None:
@@ -377,14 +409,18 @@ def head_and_tail(path: Path, tail_bytes: int) -> Iterator[dict[str, Any]]:
     """Events of the log's head and tail; the middle of a long log is passed over."""
     try:
         with open_regular(path) as stream:
-            size = os.fstat(stream.fileno()).st_size
-            head = stream.read(min(size, 8192 if size > tail_bytes + 8192 else size))
-            lines = head.splitlines() if len(head) == size else head.splitlines()[:-1]
-            if len(head) < size:
-                stream.seek(size - tail_bytes)
-                lines += stream.read().splitlines()[1:]
+            log = _ends(stream, os.fstat(stream.fileno()).st_size, tail_bytes)
     except OSError:
         return
-    for line in lines:
+    for line in log.splitlines():
         if (event := parse_line(line)) is not None:
             yield event
+
+
+def _ends(stream: IO[bytes], size: int, tail_bytes: int) -> bytes:
+    """The head and the tail of a log of `size` bytes, cut at the ends of lines; all of a short one."""
+    if size <= tail_bytes + HEAD_BYTES:
+        return stream.read(size)
+    head = stream.read(HEAD_BYTES)
+    stream.seek(size - tail_bytes)
+    return head[: head.rfind(b"\n") + 1] + stream.read(tail_bytes).partition(b"\n")[2]

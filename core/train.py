@@ -3,6 +3,7 @@
 Load, prepare, train, save: straight lines. SFT and KTO share what is the same. Run by core.runner, never by hand.
 """
 
+import gc
 import json
 import logging
 import os
@@ -13,6 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":
+    gc.disable()  # nothing that is imported is garbage, and looking for some takes a fifth of the time
 if os.environ.get("FINETUI_BACKEND") == "unsloth":
     import unsloth  # noqa: F401  (must come before trl and transformers: it replaces their trainers)
 import torch
@@ -53,6 +56,8 @@ OWNED = {
 
 def main() -> int:
     """Returns 0 when the stage is done, 1 when it failed, EXIT_STOPPED after a stop with checkpoint."""
+    gc.freeze()  # what was imported stays, and is not looked through again
+    gc.enable()
     if sys.argv[1:] == ["--ready"] and not await_stage():
         return 0
     guard_output()

@@ -4,6 +4,7 @@ FOLDER holds plan.yaml. Prints one JSON line: ``text`` (lines for people) and fi
 """
 
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -11,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":
+    gc.disable()  # nothing that is imported is garbage, and looking for some takes a fifth of the time
 if os.environ.get("FINETUI_BACKEND") == "unsloth" and sys.argv[2:] == ["load"]:
     import unsloth  # noqa: F401  (must come before transformers: it replaces parts of it)
 
@@ -27,6 +30,8 @@ from core.train_tokenizer import load_tokenizer
 
 
 def main() -> int:
+    gc.freeze()  # what was imported stays, and is not looked through again
+    gc.enable()
     plan = load_plan(Path(sys.argv[1]) / "plan.yaml")
     words = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):

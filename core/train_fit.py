@@ -23,7 +23,6 @@ from core.errors import FinetuiError
 from core.fit import Arrangement, smaller_batches
 from core.memory import GIB, LEFT_FREE, Estimate, optimiser_bytes
 from core.plan import Plan, StagePlan
-from core.train_data import row_lengths
 from core.train_events import Reporter
 
 LOOK = "one step on the longest rows, whose kernels are compiled first"
@@ -239,6 +238,8 @@ def largest_batch(loader: Any, dataset: Any, size: int, *, padded: bool, passes:
 
     The order of rows is fixed beforehand by the seed. Of that batch at most the `size` longest rows are taken.
     """
+    from core.train_data import row_lengths  # with it comes pandas, which an evaluation has no use for
+
     lengths = row_lengths(dataset)
     most: list[int] = []
     tokens = -1

@@ -1,12 +1,12 @@
 """Runs followed by the app: snapshots, the history, the log's tail, and curves thinned."""
 
+import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 from pilots import recorded
 
-from core.runs import Run
+from core.runs import Digest, Run, take_lock
 from tui.dashboard import now_words, side_words
 from tui.follow import Follower, History, LogTail, thinned
 from tui.home import cells
@@ -38,18 +38,33 @@ def test_the_history_reads_again_only_what_changed(folder: Path, monkeypatch: py
     for name in ("a", "b"):
         recorded(folder, "stopped", name)
     read: list[str] = []
-    from core.runs import summary
 
-    def counted(run: Run) -> dict[str, Any]:
+    def counted(run: Run) -> Digest:
         read.append(run.name)
-        return summary(run)
+        return Digest(run)
 
-    monkeypatch.setattr("tui.follow.summary", counted)
+    monkeypatch.setattr("tui.follow.Digest", counted)
     history = History(folder)
     assert {row["status"] for row in history.read()} == {"stopped"}
     Run(folder / "b").events.append("run_end", status="done")
     history.read()
     assert sorted(read) == ["a", "b", "b"]
+
+
+def test_the_history_reads_of_a_living_run_what_is_new(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = recorded(folder, "stopped")
+    run.events.append("run_start")
+    lock, history = take_lock(run), History(folder)
+    try:
+        assert history.read()[0]["status"] == "running"
+        monkeypatch.setattr("tui.follow.Digest", None)
+        run.events.append("log", stage="sft", step=71, loss=0.1)
+        row = history.read()[0]
+        assert (row["step"], row["loss"]) == (71, 0.1)
+        run.events.append("run_end", status="done")
+    finally:
+        os.close(lock)
+    assert history.read()[0]["status"] == "done"
 
 
 def test_a_log_is_followed_line_by_line(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ import errno
 import io
 import json
 import os
+import pickle
+import random
 import re
 import time
 from collections.abc import Callable
@@ -20,7 +22,7 @@ from core.artefacts import stage_done
 from core.checkpoints import MANIFEST, complete_checkpoints, is_complete, write_manifest
 from core.errors import FinetuiError
 from core.paths import runs_dir, writing_whole
-from core.runs import Run, create_run, find_run, list_runs, summary
+from core.runs import Digest, Run, create_run, find_run, list_runs, summary
 from core.watch import line_of, runs_table, show_run
 
 # --- making ---
@@ -256,6 +258,40 @@ def test_the_history_tells_what_the_whole_log_tells_wherever_it_is_cut(named: Ma
     assert whole.current is not None
     assert (found["stage"], found["step"], found["status"]) == (whole.current.name, whole.current.step, "stopped")
     assert found["loss"] == (5 / logs if logs else None)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_digest_that_is_kept_up_tells_what_one_read_anew_tells(named: MakeNamed, seed: int) -> None:
+    run, chance = named(), random.Random(seed)
+    created = run.events_path.read_bytes()
+    long_log(run, 150)
+    run.events.append("run_end", status="stopped")
+    run.events.append("run_start", resumed=True)
+    log = run.events_path.read_bytes()
+    digest, at = Digest(run, tail_bytes=4000), len(created)
+    while at < len(log):
+        at += int(chance.choice([1, 40, 400, 1500]) * chance.random()) + 1  # also in the middle of a line
+        run.events_path.write_bytes(log[:at])
+        told, whole = digest.read(), run.state()
+        current = whole.current
+        assert (told["stage"], told["step"]) == ((current.name, current.step) if current else (None, 0))
+        assert (told["loss"], told["margin"]) == (whole.last("loss"), whole.last("rewards/margins"))
+        assert told["total_steps"] == (current.total_steps if current else 0)
+        assert told["status"] == (whole.end_status or "crashed")
+        assert told["duration_s"] == pytest.approx(summary(run)["duration_s"], abs=1)
+    run.events_path.write_bytes(created)
+    assert digest.read() | {"duration_s": 0} == summary(run) | {"duration_s": 0}, "a log that was cut is read anew"
+
+
+def test_a_digest_of_a_long_run_stays_small(named: MakeNamed) -> None:
+    run = named()
+    digest = Digest(run)
+    for _ in range(20):
+        long_log(run, 100)
+        run.events.append("notice", text="x")
+        digest.read()
+    kept = pickle.dumps(digest._state)
+    assert len(kept) < len(pickle.dumps(run.state())) / 5
 
 
 def test_a_run_that_has_not_begun_and_one_without_a_log_are_told_too(named: MakeNamed) -> None:

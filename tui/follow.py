@@ -13,7 +13,7 @@ from core.events import MAX_LINE, Event, EventTail, RunState, StageState, parse_
 from core.gpu import GpuSample, gpu_report
 from core.notes import Note, note_mark, read_note
 from core.paths import expanded, open_regular
-from core.runs import Run, is_alive, list_runs, status, summary
+from core.runs import Digest, Run, is_alive, list_runs, status
 from core.text import clean
 
 if TYPE_CHECKING:
@@ -437,6 +437,7 @@ class History:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._known: dict[str, tuple[Any, dict[str, Any]]] = {}
+        self._living: dict[str, Digest] = {}
 
     def read(self) -> list[dict[str, Any]]:
         """A summary of each run, pinned ones first, then the newest first."""
@@ -446,6 +447,7 @@ class History:
         """The summaries so far after the first `size` runs that had to be read and each hundred more, then all."""
         runs = sorted(list_runs(self.folder), key=lambda run: not (read_note(run.path) or Note()).pinned)
         known, self._known = self._known, {}
+        living, self._living = self._living, {}
         found: list[dict[str, Any]] = []
         fresh = 0
         for run in runs:
@@ -454,7 +456,10 @@ class History:
             if before and before[0] == mark and before[1]["status"] not in LIVE and not is_alive(run):
                 row = before[1]
             else:
-                row = {key: tame(value) for key, value in summary(run).items()}
+                digest = living.get(run.name) or Digest(run)
+                row = {key: tame(value) for key, value in digest.read().items()}
+                if row["status"] in LIVE:
+                    self._living[run.name] = digest
                 row["started"] = row["started"] if row["started"] and 0 < row["started"] < 1e11 else None
                 fresh += 1
                 time.sleep(0 if fresh % 5 else BREATH_S)
