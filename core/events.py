@@ -291,8 +291,9 @@ class RunState:
 
     def forget(self, points: int) -> None:
         """Keep of all that grows with a run its newest `points`, or a few more: for who shows no more of it."""
-        curves: list[Any] = [c for stage in self.stages for c in (stage.pace, stage.checkpoints, *stage.series.values())]
-        told = [self.gpu, self.notices, self.errors, self.samples, *curves]
+        told: list[list[Any]] = [self.gpu, self.notices, self.errors, self.samples]
+        for stage in self.stages:
+            told += [stage.pace, stage.checkpoints, *stage.series.values()]
         for growing in told:
             if len(growing) > 2 * points:
                 del growing[:-points]
