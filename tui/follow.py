@@ -456,13 +456,13 @@ class History:
             if before and before[0] == mark and before[1]["status"] not in LIVE and not is_alive(run):
                 row = before[1]
             else:
-                digest = living.get(run.name) or Digest(run)
+                begun, digest = time.perf_counter(), living.get(run.name) or Digest(run)
                 row = {key: tame(value) for key, value in digest.read().items()}
                 if row["status"] in LIVE:
                     self._living[run.name] = digest
                 row["started"] = row["started"] if row["started"] and 0 < row["started"] < 1e11 else None
                 fresh += 1
-                time.sleep(0 if fresh % 5 else BREATH_S)
+                time.sleep((time.perf_counter() - begun) / 2)  # the lock goes to keyboard and screen
             self._known[run.name] = (mark, row)
             found.append(row)
             if fresh >= size:
