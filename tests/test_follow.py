@@ -8,7 +8,8 @@ from pilots import recorded
 
 from core.runs import Digest, Run, take_lock
 from tui.dashboard import now_words, side_words
-from tui.follow import Follower, History, LogTail, thinned
+from tui.follow import Follower, LogTail, thinned
+from tui.history import History
 from tui.home import cells
 
 pytestmark = pytest.mark.usefixtures("own_cache_and_no_gpu", "folder_made")
@@ -43,7 +44,7 @@ def test_the_history_reads_again_only_what_changed(folder: Path, monkeypatch: py
         read.append(run.name)
         return Digest(run)
 
-    monkeypatch.setattr("tui.follow.Digest", counted)
+    monkeypatch.setattr("tui.history.Digest", counted)
     history = History(folder)
     assert {row["status"] for row in history.read()} == {"stopped"}
     Run(folder / "b").events.append("run_end", status="done")
@@ -57,7 +58,7 @@ def test_the_history_reads_of_a_living_run_what_is_new(folder: Path, monkeypatch
     lock, history = take_lock(run), History(folder)
     try:
         assert history.read()[0]["status"] == "running"
-        monkeypatch.setattr("tui.follow.Digest", None)
+        monkeypatch.setattr("tui.history.Digest", None)
         run.events.append("log", stage="sft", step=71, loss=0.1)
         row = history.read()[0]
         assert (row["step"], row["loss"]) == (71, 0.1)

@@ -24,7 +24,8 @@ from tui.charts import Chart
 from tui.compare import CompareScreen, differences_table
 from tui.dialogs import Ask, PathsScreen
 from tui.draft import checked, draft_of
-from tui.follow import History, machine_words
+from tui.follow import machine_words
+from tui.history import History
 from tui.home import PAGE, HomeScreen
 from tui.wizard import WizardScreen
 

@@ -20,8 +20,9 @@ from core.fit import arrange, batch_sizes, with_batch
 from core.memory import GIB, SHAPES, Lengths, estimate, shape_in, shape_of, weight_bytes
 from core.plan import Plan
 from core.train_arrange import Fitting
+from core.train_data import row_lengths
 from core.train_events import Reporter
-from core.train_fit import largest_batch, row_lengths
+from core.train_fit import largest_batch
 
 # size, stage, settings, rows, tokens a row, GiB that PyTorch had reserved: tests/bench/gpu_probe.py, H200, Unsloth
 # 2026.10.9, torch 2.11. The open ones keep every layer's activations.

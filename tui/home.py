@@ -25,7 +25,8 @@ from core.text import clean
 from tui.charts import Chart, Panel
 from tui.dashboard import DashboardScreen
 from tui.dialogs import Ask, Ended, PathsScreen, RunRoom
-from tui.follow import LIVE, Follower, History, Snapshot, machine_words
+from tui.follow import LIVE, Follower, Snapshot, machine_words
+from tui.history import History
 from tui.report import STAGE_NAMES, end_words, figures, paths_of, preview_head, settings_words, stage_words
 from tui.rows import brief, cells, count_words, greeting, searched
 from tui.widgets import Banner, Line, Words
