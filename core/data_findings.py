@@ -68,7 +68,8 @@ def _plan(look: Look) -> Iterator[Finding]:
             rare, word = (good, "good") if good < bad else (bad, "bad")
             yield Finding(
                 "skewed labels", MEND, rare, f"Only {rare:,} {word} answers stand beside {max(good, bad):,} others.",
-                f"The weights make up for it, but few {word} answers teach little: add some.",
+                f"The weights make up for it on average only: most batches hold no {word} answer, and from such the "
+                f"answers can fall apart. Add {word} ones, or leave some of the others out.",
                 look.places(look.used & (look.labels == (word == "good"))),
             )  # fmt: skip
 

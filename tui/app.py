@@ -165,7 +165,7 @@ class FinetuiApp(App[None]):
             binding = active.binding
             if binding.show or (active.node is self.screen and binding.action not in SYSTEM_ACTIONS):
                 shown.setdefault(binding.description, self.get_key_display(binding))
-        shown["Every action and the themes"] = "ctrl+p"
+        shown["Every action, themes"] = "ctrl+p"
         place = getattr(self.screen, "place", "")
         self.push_screen(HelpScreen(f"Keys: {place}", [(key, words) for words, key in shown.items()]))
 

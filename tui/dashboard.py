@@ -71,7 +71,7 @@ class DashboardScreen(RunRoom):
         Binding("m", "panel(1)", "Next curves", show=False),
         Binding("M", "panel(-1)", "Curves before", show=False),
         *(
-            Binding(str(digit), f"choose({digit - 1})", "Curves from this number on", show=False, key_display="1-9")
+            Binding(str(digit), f"choose({digit - 1})", "Curves from the n-th on", show=False, key_display="1-9")
             for digit in range(1, 10)
         ),
         Binding("e", "view('smooth')", "Smooth the curves", show=False),

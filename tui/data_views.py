@@ -344,7 +344,7 @@ def labels_words(labels: Mapping[str, int], weights: Sequence[float] | None, sta
     if none:
         bar.append((f", {none:,} without", MUTED))
     if weights:
-        bar.append("   weights {:g} and {:g}".format(*weights))
+        bar.append("   weights {:.3g} and {:.3g}".format(*weights))
     return Content.assemble(*bar)
 
 
@@ -369,7 +369,7 @@ def side_words(look: Reply, count: Reply, found: Sequence[Reply], limit: int, st
     labels, weights = balance(look, count)
     if stage == "kto" and labels.get("true") and labels.get("false"):
         lines += [Content(""), Content.styled("Labels", "bold"), labels_words(labels, None, stage, width - 24)]
-        lines += hanging("", "weights {:g} and {:g}".format(*(weights or (1, 1))), width, MUTED, MUTED)
+        lines += hanging("", "weights {:.3g} and {:.3g}".format(*(weights or (1, 1))), width, MUTED, MUTED)
     lines += [Content(""), Content.styled("Contents", "bold")]
     for pattern, many in list(look["content"]["turns"].items())[:2]:
         lines += hanging(f"{many:,} × ", pattern, width, MUTED, MUTED)

@@ -167,6 +167,9 @@ class Ask(ModalScreen[str | None]):
         self.dismiss(words if words or self._may_be_empty else None)
 
 
+ONE_COLUMN = 10
+
+
 class HelpScreen(ModalScreen[None]):
     """The keys of the screen below, made from its bindings, and what leaving means."""
 
@@ -179,9 +182,13 @@ class HelpScreen(ModalScreen[None]):
     def compose(self) -> ComposeResult:
         width = max((len(key) for key, _ in self._keys), default=0)
         lines = [Content.assemble((key.rjust(width), "bold"), f"  {words}") for key, words in self._keys]
+        rows = -(-len(lines) // 2) if len(lines) > ONE_COLUMN else len(lines)  # all of them on 24 rows
         with VerticalScroll(classes="dialog"):
             yield Words(Content.styled(self._title, "bold"))
-            yield Words(Content("\n").join(lines), classes="consequence")
+            with Horizontal(classes="keys"):
+                for column in (lines[:rows], lines[rows:]):
+                    if column:
+                        yield Words(Content("\n").join(column))
             yield Words(
                 "Training goes on when the app is left, the terminal closes or SSH drops. Open the app again: "
                 "the run is there."

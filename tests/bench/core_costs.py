@@ -1,8 +1,9 @@
-"""What watching costs: start-up of the command, the history of a thousand runs, an event a step.
+"""What watching costs: start-up of the command and of a trainer, the history of a thousand runs, an event a step.
 
 usage: python tests/bench/core_costs.py        prints one line a figure; needs no GPU and no model
 """
 
+import socket
 import statistics
 import subprocess
 import sys
@@ -25,6 +26,20 @@ def command_s(*words: str) -> float:
     return statistics.median(taken)
 
 
+def trainer_s() -> float:
+    """Median seconds of a trainer that imports everything and is then not wanted."""
+    taken = []
+    for _ in range(REPEATS):
+        ours, theirs = socket.socketpair()
+        begun = time.perf_counter()
+        with theirs:
+            trainer = subprocess.Popen([sys.executable, "-P", "-m", "core.train", "--ready"], stdin=theirs)
+        ours.close()
+        trainer.wait()
+        taken.append(time.perf_counter() - begun)
+    return statistics.median(taken)
+
+
 def make_history(folder: Path, runs: int, steps: int) -> None:
     """`runs` run directories, each with the events of `steps` logged steps."""
     for number in range(runs):
@@ -43,6 +58,7 @@ def make_history(folder: Path, runs: int, steps: int) -> None:
 
 def main() -> None:
     print(f"finetui --help                 {command_s('--help') * 1000:8.0f} ms")
+    print(f"a trainer, imports and its end {trainer_s() * 1000:8.0f} ms")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_history(folder, 1000, 20)
