@@ -12,8 +12,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":
-    gc.disable()  # nothing that is imported is garbage, and looking for some takes a fifth of the time
 if os.environ.get("FINETUI_BACKEND") == "unsloth" and sys.argv[2:] == ["load"]:
     import unsloth  # noqa: F401  (must come before transformers: it replaces parts of it)
 
@@ -24,19 +22,17 @@ from core.memory import KEPT_LENGTHS
 from core.plan import KTOPlan, Plan
 from core.prepare import Part, kto_weights, planned_steps, prepare
 from core.sources import ModelSource, model_source
-from core.train import checked_extra
-from core.train_model import load_model
-from core.train_tokenizer import load_tokenizer
 
 
 def main() -> int:
-    gc.freeze()  # what was imported stays, and is not looked through again
-    gc.enable()
-    plan = load_plan(Path(sys.argv[1]) / "plan.yaml")
+    gc.disable()  # neither imports nor rows make garbage, and looking for some takes a fifth of the time
+    plan, load = load_plan(Path(sys.argv[1]) / "plan.yaml"), sys.argv[2] == "load"
+    if not load and not any(plan.stage(name).extra for name in plan.training_stages):
+        sys.modules["torch"] = None  # type: ignore[assignment]  # tokenizers need none, and it is most of the wait
     words = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):
         try:
-            report = dry_run(plan, load=sys.argv[2] == "load")
+            report = dry_run(plan, load=load)
         except FinetuiError as error:
             report = {"error": error.message, "advice": error.advice, "exit_code": error.exit_code}
         except Exception as error:
@@ -48,6 +44,8 @@ def main() -> int:
 
 def dry_run(plan: Plan, *, load: bool) -> dict[str, Any]:
     """Tokenise every stage's rows and count; with `load` also load the model with its adapter."""
+    from core.train_tokenizer import load_tokenizer
+
     notes: list[str] = []
     source = model_source(plan.model, notes.append)
     text = [f"{plan.method} of {plan.model.name} with {plan.backend} on {plan.device}, {plan.model.dtype}"]
@@ -57,7 +55,10 @@ def dry_run(plan: Plan, *, load: bool) -> dict[str, Any]:
     stages = {}
     for name in plan.training_stages:
         stage = plan.stage(name)
-        checked_extra(stage)
+        if stage.extra:
+            from core.train import checked_extra
+
+            checked_extra(stage)
         data = prepare(stage, name, template, notes.append)
         report = data.report()
         steps = planned_steps(stage, name, report["examples"])
@@ -80,6 +81,8 @@ def dry_run(plan: Plan, *, load: bool) -> dict[str, Any]:
             desirable, undesirable = kto_weights(stage, data.labels)
             text.append(f"  weights: desirable {desirable:g}, undesirable {undesirable:g}")
     if load:
+        from core.train_model import load_model
+
         model = load_model(plan, source, plan.stage(plan.training_stages[0]))
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         every = sum(p.numel() for p in model.parameters())
