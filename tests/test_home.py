@@ -27,6 +27,7 @@ from tui.draft import checked, draft_of
 from tui.follow import machine_words
 from tui.history import History
 from tui.home import PAGE, HomeScreen
+from tui.report import figures
 from tui.wizard import WizardScreen
 
 pytestmark = pytest.mark.usefixtures("own_cache_and_no_gpu", "folder_made")
@@ -181,6 +182,13 @@ async def test_paths_of_the_selected_run(folder: Path) -> None:
         await shows(pilot, "rsync -av", "train.log")
         await pilot.press("escape")
         await until(pilot, lambda: isinstance(app.screen, HomeScreen))
+
+
+def test_figures_break_between_two_of_them(folder: Path) -> None:
+    stage = recorded(folder, "done").state().stage("kto")
+    whole, narrow = figures(stage), figures(stage, 37)
+    assert narrow.count("\n") >= 1 and max(map(len, narrow.splitlines())) <= 37 < len(whole)
+    assert narrow.replace("\n", "   ") == whole == figures(stage, 5).replace("\n", "   ")
 
 
 async def test_of_many_runs_the_table_shows_a_page_and_the_filter_finds_the_rest(folder: Path) -> None:

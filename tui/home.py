@@ -35,7 +35,7 @@ if TYPE_CHECKING:  # the wizard's modules are half of the start-up: they are imp
     from tui.draft import Draft
 
 PERIOD_S, GIVE_WAY_S = 1.5, 0.03
-PAGE = 200
+PAGE, PREVIEW_WIDTH = 200, 37
 COLUMNS = (
     ("status", 10),
     ("name", 28),
@@ -296,7 +296,7 @@ class HomeScreen(RunRoom):
         lines = [stage_words(stage, snapshot) for stage in state.stages]
         if trained:
             chart.show(Panel(f"{STAGE_NAMES[trained[-1].name]} loss", (("loss", trained[-1].series["loss"]),)))
-            lines.append(Content(figures(trained[-1])))
+            lines.append(Content(figures(trained[-1], PREVIEW_WIDTH)))
         if settings := self._settings.get(snapshot.run.name):
             lines.append(Content.styled(settings, "$foreground-muted"))
         if snapshot.note.text:

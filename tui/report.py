@@ -109,8 +109,8 @@ def _expected_s(waiting: StageState, running: StageState) -> float | None:
     return KTO_COST * waiting.expected_examples / (pace * batch)
 
 
-def figures(stage: StageState) -> str:
-    """The newest figures of a stage in one line; empty before the first."""
+def figures(stage: StageState, width: int = 1000) -> str:
+    """The newest figures of a stage, broken between two of them where `width` is not enough; empty before the first."""
     parts = []
     if points := stage.series.get("loss"):
         parts.append(f"loss {number(stage.last('loss'))}" if points[-1][1] is not None else "loss not finite")
@@ -119,7 +119,11 @@ def figures(stage: StageState) -> str:
             parts.append(f"{word} {number(value, digits)}")
     if (rate := stage.last("tokens_per_s")) is not None:
         parts.append(f"{number(rate, 3)} tokens/s")
-    return "   ".join(parts)
+    lines = [""]
+    for part in parts:
+        longer = f"{lines[-1]}   {part}".lstrip()
+        lines[-1:] = [longer] if len(longer) <= width or not lines[-1] else [lines[-1], part]
+    return "\n".join(lines)
 
 
 def _before(stage: StageState) -> str:
