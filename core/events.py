@@ -9,12 +9,12 @@ import errno
 import json
 import math
 import os
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from core import clock
 from core.paths import open_regular
 from core.secrets import redact
 from core.stages import EXPORT_STAGES
@@ -29,8 +29,10 @@ MAX_TEXT = 20_000
 MAX_LINE = 1_000_000
 """Bytes; no event that is written here is longer."""
 MAX_ARTEFACTS = 50
-MAX_T = 4e9  # the year 2096; a larger time is no time, and clocks cannot show it
 COUNTS = ("steps", "batch", "rows", "examples", "held_out", "left_out", "tokens", "trained_tokens", "trainable")
+STARTED_WITH = ("pid", "pid_started", "host", "boot", "clock")
+NO_LIFE = ("created", "stages", "notice")
+"""Kinds of events that others write into the log of a run that does not live."""
 NO_METRICS = frozenset(("t", "step", "epoch", "nonfinite"))
 NOT_NUMBERS = (str, list, dict, bool)
 NUMBERS = (int, float, type(None))
@@ -38,16 +40,20 @@ Event = dict[str, Any]
 
 
 class EventLog:
-    """Appends whole lines to `path`; safe to use from several processes at once (one ``write`` each, O_APPEND)."""
+    """Appends whole lines to `path`; safe to use from several processes at once (one ``write`` each, O_APPEND).
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    `zero` is that of the run's clock (`core.clock`); None goes by the machine's.
+    """
+
+    def __init__(self, path: Path, zero: float | None = None) -> None:
+        self.path, self.zero = path, zero
         self.whole = False
 
     def append(self, kind: str, **fields: Any) -> None:
         """Write one event now. Non-finite numbers become null and are counted in ``nonfinite``; long text is cut."""
         counted = [0]
-        event = {"t": round(time.time(), 3), "kind": kind, **{key: _plain(v, counted) for key, v in fields.items()}}
+        event = {"t": round(clock.moment(self.zero), 3), "kind": kind}
+        event |= {key: _plain(value, counted) for key, value in fields.items()}
         if counted[0]:
             event["nonfinite"] = counted[0]
         line = json.dumps(event, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace") + b"\n"
@@ -179,7 +185,8 @@ def parse_line(line: bytes) -> Event | None:
         return None
     if not isinstance(event, dict) or not isinstance(event.get("kind"), str):
         return None
-    if isinstance(event.get("t"), bool) or not isinstance(event.get("t"), int | float) or not 0 <= event["t"] < MAX_T:
+    t = event.get("t")
+    if isinstance(t, bool) or not isinstance(t, int | float) or not 0 <= t < clock.MAX_T:
         event["t"] = 0.0
     return event
 
@@ -250,6 +257,8 @@ class RunState:
     created: float | None = None
     started: float | None = None
     ended: float | None = None
+    seen: float | None = None
+    """The last sign of life of its runner and trainers."""
     end_status: str | None = None
     stages: list[StageState] = field(default_factory=list)
     start: Event = field(default_factory=dict)
@@ -261,7 +270,7 @@ class RunState:
     artefacts: dict[str, Event] = field(default_factory=dict)
     """What was made of the result, by what it is: ``merged_16bit``, ``Q4_K_M``, ``upload``."""
     paused_s: float = 0.0
-    """Seconds between the ends of this run and its resumptions."""
+    """Seconds between the ends of this run, or its last signs of life, and its resumptions."""
     task: str = ""
     """What is done to a run that has ended, `evaluate`, while it is; the run's own end stays what it was."""
     task_started: float | None = None
@@ -305,6 +314,7 @@ class RunState:
             try:
                 self.nonfinite += _count(event.get("nonfinite"))
                 handler(event)
+                self.seen = self.seen if event["kind"] in NO_LIFE else event["t"] or self.seen
             except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError):
                 self.notices.append({"level": "warning", "text": f"an event of kind {event['kind'][:40]} is malformed"})
 
@@ -318,8 +328,9 @@ class RunState:
             self.stage(str(name))
 
     def _on_run_start(self, event: Event) -> None:
+        until = (self.ended or self.seen) if self.started else None  # one that was killed told no end
+        self.paused_s += max(0.0, event["t"] - until) if until else 0.0
         self.started = self.started or event["t"]
-        self.paused_s += max(0.0, event["t"] - self.ended) if self.ended else 0.0
         self.ended, self.end_status = None, None
         self.errors = []
         self.start, self.waiting_for, self.task = event, None, ""
@@ -344,7 +355,7 @@ class RunState:
 
     def _on_task_start(self, event: Event) -> None:
         self.task, self.task_started = str(event.get("name", "")), event["t"]
-        self.start = {**self.start, "pid": event.get("pid"), "pid_started": event.get("pid_started")}
+        self.start = self.start | {key: event[key] for key in STARTED_WITH if key in event}
         self.errors, self.waiting_for = [], None
 
     def _on_task_end(self, event: Event) -> None:
@@ -356,15 +367,14 @@ class RunState:
     def _on_stage_start(self, event: Event) -> None:
         self.waiting_for = None
         stage = self.stage(str(event.get("name", "")))
-        stage.state, stage.started, stage.ended, stage.exit = "running", event["t"], None, ""
+        stage.state, stage.started, stage.ended, stage.exit, stage.pace = "running", event["t"], None, "", []
         if stage.name in EXPORT_STAGES:  # made anew, where trainers go on
-            stage.step, stage.total_steps, stage.pace, stage.phase_seconds = 0, 0, [], {}
+            stage.step, stage.total_steps, stage.phase_seconds = 0, 0, {}
         stage.base = str(event.get("base", ""))
         stage.pid, stage.pid_started = _count(event.get("pid")) or None, _finite(event.get("pid_started")) or None
         stage.phase, stage.detail = "start", ""
         if stage.name == "evaluate":  # another one begins at its beginning
-            stage.step = stage.total_steps = 0
-            stage.pace, stage.phase_seconds = [], {}
+            stage.step, stage.total_steps, stage.phase_seconds = 0, 0, {}
         if "resumed_step" in event:
             stage.rewind(_count(event["resumed_step"]))
 

@@ -20,13 +20,24 @@ from typing import IO, TYPE_CHECKING, Any
 
 import psutil
 
-from core import __version__, gpu
+from core import __version__, clock, gpu
 from core.artefacts import output_of, stage_done
 from core.children import LOCK_ENV, ON_END_ENV, child_environment, runner_environment, stage_environment
 from core.errors import FinetuiError
-from core.machine_use import boot_id, changed_software, code, oom_kills, system, versions
+from core.machine_use import changed_software, code, oom_kills, system, versions
 from core.paths import TORN, remove_torn
-from core.runs import Run, create_run, find_run, is_alive, last_start, process_lives, take_lock, write_holder
+from core.runs import (
+    Run,
+    create_run,
+    find_run,
+    is_alive,
+    last_start,
+    process_lives,
+    start_clock,
+    started_at,
+    take_lock,
+    write_holder,
+)
 from core.secrets import guard_output
 from core.stages import EXPORT_STAGES, TRAINING_STAGES
 from core.trust import refuse_strangers
@@ -94,12 +105,12 @@ def abort(run: Run) -> None:
     from core.runs import request_abort
 
     request_abort(run)
-    holder = run.state().start
-    if not process_lives(holder.get("pid"), holder.get("pid_started")):
-        stage = run.state().current
+    state = run.state()
+    if not process_lives(state.start.get("pid"), state.start.get("pid_started")):
+        stage = state.current
         if stage and process_lives(stage.pid, stage.pid_started) and stage.pid:
             _end_group(stage.pid)
-        kind = "task_end" if run.state().task else "run_end"
+        kind, run.events.zero = "task_end" if state.task else "run_end", clock.zero_of(state)
         run.events.append(kind, status="aborted", text="the runner was gone; its trainer was ended")
 
 
@@ -165,7 +176,6 @@ class Runner:
         """Run every stage that is not done yet. Returns the exit code of the run: 0 done or stopped, 1 failed."""
         if self.task:
             return self._do_task()
-        me = psutil.Process()
         self.run.events.keep_reserve()
         fresh = not any(self.run.stage_path(stage).exists() for stage in self.plan.stages)
         before = {} if fresh else last_start(self.run) or {}
@@ -173,8 +183,7 @@ class Runner:
             "version": __version__, "python": sys.version.split()[0], "versions": versions(), "code": code()
         }  # fmt: skip
         self.run.events.append(
-            "run_start", **self.software, host=platform.node(), pid=me.pid, pid_started=me.create_time(),
-            resumed=not fresh, system=system(), boot=boot_id(),
+            "run_start", **self.software, **self._started_with(), resumed=not fresh, system=system(),
         )  # fmt: skip
         self._tell_changes(before)
         if self._needs_device() and (ended := self._take_turn()):
@@ -193,6 +202,13 @@ class Runner:
                 return self._end(outcome)
             self._look_for_wishes()
         return self._end("done")
+
+    def _started_with(self) -> dict[str, Any]:
+        """What tells this process and the run's clock from those of other starts."""
+        return {
+            "host": platform.node(), "pid": os.getpid(), "pid_started": started_at(os.getpid()),
+            "boot": clock.boot_id(), "clock": self.run.events.zero,
+        }  # fmt: skip
 
     def _tell_changes(self, before: dict[str, Any]) -> None:
         """Say what of the software is not what it was when this run was last started."""
@@ -227,8 +243,8 @@ class Runner:
 
     def _do_task(self) -> int:
         """Do one thing to a run that has ended. Returns 0 done or stopped, 1 failed."""
-        me, (name, *rest) = psutil.Process(), self.task
-        self.run.events.append("task_start", name=name, of=rest, pid=me.pid, pid_started=me.create_time())
+        name, *rest = self.task
+        self.run.events.append("task_start", name=name, of=rest, **self._started_with())
         outcome = self._take_turn() or self._stage(len(self.plan.stages), name, "", rest)
         return self._end(outcome, "task_end")
 
@@ -306,11 +322,12 @@ class Runner:
         ready, self.ready = self.ready, None
         with self.run.log_path.open("ab") as log:
             files = [log.fileno(), self.lock, *([] if self.turn is None else [self.turn])]
+            time_kept = {clock.CLOCK_ENV: str(self.run.events.zero)}
             if ready and "core.train" in command:
                 folder.mkdir(parents=True, exist_ok=True)
-                if child := ready.take(command[4:], str(folder), files):
+                if child := ready.take(command[4:], str(folder), files, time_kept):
                     return child, ready
-            environment = {**child_environment(), **stage_environment(self.plan)}
+            environment = {**child_environment(), **stage_environment(self.plan), **time_kept}
             return _spawn(command, folder, log, self.lock, environment, self.turn), None
 
     def _follow(self, child: subprocess.Popen[bytes]) -> bool:
@@ -363,7 +380,7 @@ class Runner:
 
 def _created(pid: int) -> float | None:
     with contextlib.suppress(psutil.Error):
-        return psutil.Process(pid).create_time()
+        return started_at(pid)
     return None
 
 
@@ -392,6 +409,7 @@ def main() -> int:
     on_end = os.environ.pop(ON_END_ENV, "")
     lock = int(inherited) if inherited else take_lock(run)
     write_holder(lock)
+    start_clock(run)
     for name in ("SIGHUP", "SIGINT"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)

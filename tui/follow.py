@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from core import clock
 from core.events import MAX_LINE, Event, EventTail, RunState, StageState, parse_line
 from core.gpu import GpuSample, gpu_report
 from core.notes import Note, note_mark, read_note
@@ -68,6 +69,7 @@ class Snapshot:
     state: RunState
     phase_started: float | None
     taken: float
+    """By the run's clock while it lives."""
     note: Note = Note()
     sensors: SensorLines = field(default_factory=dict)
     """By what is measured: (device, points over seconds since the start)."""
@@ -88,8 +90,7 @@ class Snapshot:
         """The moment up to which clocks run: now while the run lives, else its last sign of life."""
         if self.live:
             return self.taken
-        ends = [stage.ended or 0 for stage in self.state.stages]
-        return self.state.ended or max(ends, default=0) or self.phase_started or self.taken
+        return self.state.ended or self.state.seen or self.taken
 
     @property
     def took_s(self) -> float | None:
@@ -247,8 +248,9 @@ class Follower:
 
             self._examined = mark, examined(self.run, now)
         card = self._examined[1] if now in FAILED else None
+        taken = clock.now(self._state) if now in LIVE else time.time()
         return Snapshot(
-            self.run, now, phase_started=self._phase_started, taken=time.time(), note=note, card=card,
+            self.run, now, phase_started=self._phase_started, taken=taken, note=note, card=card,
             disk_free=self._disk_free() if now in LIVE else None, **self._copy,
         )  # fmt: skip
 
