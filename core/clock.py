@@ -11,10 +11,7 @@ import os
 import platform
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from core.events import RunState
+from typing import Any
 
 CLOCK_ENV = "FINETUI_CLOCK"
 MAX_T = 4e9  # the year 2096; a larger time is no time, and clocks cannot show it
@@ -44,13 +41,8 @@ def moment(zero: float | None) -> float:
     return time.time() if zero is None else time.monotonic() + zero
 
 
-def zero_of(state: "RunState") -> float | None:
-    """The zero of a living run's clock, as it told; None where it did not, or counts on another machine."""
-    told = state.start.get("clock")
-    here = (state.start.get("boot"), state.start.get("host")) == (boot_id(), platform.node())
-    return told if here and isinstance(told, int | float) and 0 <= moment(told) < MAX_T else None
-
-
-def now(state: "RunState") -> float:
-    """Now on the clock of a living run, never before its last event."""
-    return max(moment(zero_of(state)), state.seen or 0.0)
+def zero_told(start: dict[str, Any]) -> float | None:
+    """The zero that the start of a run tells; None where it tells none, or counts on another machine."""
+    zero, here = start.get("clock"), (boot_id(), platform.node())
+    known = isinstance(zero, int | float) and (start.get("boot"), start.get("host")) == here
+    return float(zero) if known and 0 <= moment(zero) < MAX_T else None

@@ -1,11 +1,9 @@
-"""The event log of a run: written by runner and trainer, followed by any number of viewers.
+"""The event log of a run as its readers see it, any number of viewers: `core.event_log` writes it.
 
 One JSON object a line, ``{"t": unix seconds, "kind": …}``; the first line carries ``"v": 1``. Readers accept unknown
 kinds and fields, a torn last line, and a log that another process is still writing.
 """
 
-import contextlib
-import errno
 import json
 import math
 import os
@@ -16,16 +14,9 @@ from typing import IO, Any
 
 from core import clock
 from core.paths import open_regular
-from core.secrets import redact
 from core.stages import EXPORT_STAGES
 
 VERSION = 1
-NO_LINK = getattr(os, "O_NOFOLLOW", 0)
-"""A run folder may come from a stranger: nothing is written through a link in it."""
-FULL = (errno.ENOSPC, errno.EDQUOT)
-RESERVE_BYTES = 256 * 1024
-LAST_WORDS = ("error", "stage_end", "run_end", "task_end")
-MAX_TEXT = 20_000
 MAX_LINE = 1_000_000
 """Bytes; no event that is written here is longer."""
 MAX_ARTEFACTS = 50
@@ -37,93 +28,6 @@ NO_METRICS = frozenset(("t", "step", "epoch", "nonfinite"))
 NOT_NUMBERS = (str, list, dict, bool)
 NUMBERS = (int, float, type(None))
 Event = dict[str, Any]
-
-
-class EventLog:
-    """Appends whole lines to `path`; safe to use from several processes at once (one ``write`` each, O_APPEND).
-
-    `zero` is that of the run's clock (`core.clock`); None goes by the machine's.
-    """
-
-    def __init__(self, path: Path, zero: float | None = None) -> None:
-        self.path, self.zero = path, zero
-        self.whole = False
-
-    def append(self, kind: str, **fields: Any) -> None:
-        """Write one event now. Non-finite numbers become null and are counted in ``nonfinite``; long text is cut."""
-        counted = [0]
-        event = {"t": round(clock.moment(self.zero), 3), "kind": kind}
-        event |= {key: _plain(value, counted) for key, value in fields.items()}
-        if counted[0]:
-            event["nonfinite"] = counted[0]
-        line = json.dumps(event, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace") + b"\n"
-        if not self.whole:
-            line = self._mended() + line
-        try:
-            self._write(line)
-        except OSError as error:
-            if error.errno not in FULL or kind not in LAST_WORDS or not self._use_reserve():
-                raise
-            self._write(b"\n" + line)
-
-    def _write(self, line: bytes) -> None:
-        handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | NO_LINK, 0o600)
-        self.whole = False
-        try:
-            self.whole = os.write(handle, line) == len(line)
-        finally:
-            os.close(handle)
-        if not self.whole:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
-
-    @property
-    def reserve(self) -> Path:
-        """A file that gives its place on a full disk to the last words of a run."""
-        return self.path.with_name(".reserve")
-
-    def keep_reserve(self) -> None:
-        """Make the reserve anew, if there is room for it."""
-        with contextlib.suppress(OSError):
-            handle = os.open(self.reserve, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | NO_LINK, 0o600)
-            try:
-                os.write(handle, os.urandom(RESERVE_BYTES))  # zeros would take no place on some file systems
-            finally:
-                os.close(handle)
-
-    def _use_reserve(self) -> bool:
-        try:
-            self.reserve.unlink()
-        except OSError:
-            return False
-        return True
-
-    def _mended(self) -> bytes:
-        """What ends a torn last line, so that the next event does not become part of it."""
-        with contextlib.suppress(OSError), self.path.open("rb") as stream:
-            stream.seek(-1, os.SEEK_END)
-            return b"" if stream.read(1) == b"\n" else b"\n"
-        return b""
-
-
-def _plain(value: Any, counted: list[int]) -> Any:
-    """`value` as JSON can hold it."""
-    if isinstance(value, bool | int | None):
-        return value
-    if isinstance(value, float):
-        if math.isfinite(value):
-            return value
-        counted[0] += 1
-        return None
-    if isinstance(value, str):
-        value = redact(value)
-        return value if len(value) <= MAX_TEXT else value[: MAX_TEXT // 2] + " … " + value[-MAX_TEXT // 2 :]
-    if isinstance(value, dict):
-        return {str(key): _plain(item, counted) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item, counted) for item in value]
-    if hasattr(value, "item"):
-        return _plain(value.item(), counted)
-    return str(value)
 
 
 class EventTail:
@@ -293,6 +197,12 @@ class RunState:
         running = [stage for stage in begun if stage.state == "running"]
         return (running or begun)[-1] if begun else None
 
+    def now(self) -> float:
+        """Now on the clock of this run, while it lives; while it is about to start again that stands still."""
+        if self.ended and not self.task_started:
+            return self.ended
+        return max(clock.moment(clock.zero_told(self.start)), self.seen or 0.0)
+
     def last(self, metric: str) -> float | None:
         """The newest finite value of a metric in any stage, of a later stage first."""
         found = (stage.last(metric) for stage in reversed(self.stages))
@@ -327,9 +237,14 @@ class RunState:
         for name in event.get("stages", []):
             self.stage(str(name))
 
-    def _on_run_start(self, event: Event) -> None:
+    def paused_until(self, t: float) -> float:
+        """What `paused_s` is once it starts again at `t`."""
         until = (self.ended or self.seen) if self.started else None  # one that was killed told no end
-        self.paused_s += max(0.0, event["t"] - until) if until else 0.0
+        return self.paused_s + (max(0.0, t - until) if until else 0.0)
+
+    def _on_run_start(self, event: Event) -> None:
+        self.paused_s = self.paused_until(event["t"])
+        self._told_pauses(event)
         self.started = self.started or event["t"]
         self.ended, self.end_status = None, None
         self.errors = []
@@ -337,6 +252,11 @@ class RunState:
         for stage in self.stages:
             if stage.state in ("running", "failed", "stopped", "aborted"):
                 stage.state = "waiting"
+
+    def _told_pauses(self, event: Event) -> None:
+        """The run's own sum of its pauses, for who passes over the middle of a long log."""
+        if "paused_s" in event:
+            self.paused_s = max(0.0, _finite(event["paused_s"]))
 
     def _on_stages(self, event: Event) -> None:
         """More was asked of the run than its plan had."""
@@ -437,6 +357,7 @@ class RunState:
             self.artefacts[str(event.get("what", ""))] = event
 
     def _on_gpu(self, event: Event) -> None:
+        self._told_pauses(event)
         self.gpu.append(event)
 
     def _on_notice(self, event: Event) -> None:
@@ -466,6 +387,7 @@ class RunState:
 
     def _on_run_end(self, event: Event) -> None:
         self.end_status, self.ended = str(event.get("status", "")), event["t"]
+        self._told_pauses(event)
 
 
 def _count(value: Any) -> int:

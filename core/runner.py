@@ -110,7 +110,7 @@ def abort(run: Run) -> None:
         stage = state.current
         if stage and process_lives(stage.pid, stage.pid_started) and stage.pid:
             _end_group(stage.pid)
-        kind, run.events.zero = "task_end" if state.task else "run_end", clock.zero_of(state)
+        kind, run.events.zero = "task_end" if state.task else "run_end", clock.zero_told(state.start)
         run.events.append(kind, status="aborted", text="the runner was gone; its trainer was ended")
 
 
@@ -163,6 +163,7 @@ class Runner:
         self.next_sample = 0.0
         self.turn: int | None = None
         self.software: dict[str, Any] = {}
+        self.paused: dict[str, float] = {}
 
     def stop_asked(self, *_: object) -> bool:
         return self.run.stop_path.exists()
@@ -177,13 +178,15 @@ class Runner:
         if self.task:
             return self._do_task()
         self.run.events.keep_reserve()
+        self.paused = {"paused_s": start_clock(self.run)}
         fresh = not any(self.run.stage_path(stage).exists() for stage in self.plan.stages)
         before = {} if fresh else last_start(self.run) or {}
         self.software = {
             "version": __version__, "python": sys.version.split()[0], "versions": versions(), "code": code()
         }  # fmt: skip
         self.run.events.append(
-            "run_start", **self.software, **self._started_with(), resumed=not fresh, system=system(),
+            "run_start", **self.software, **self._started_with(), **self.paused, resumed=not fresh,
+            system=system(),
         )  # fmt: skip
         self._tell_changes(before)
         if self._needs_device() and (ended := self._take_turn()):
@@ -244,6 +247,7 @@ class Runner:
     def _do_task(self) -> int:
         """Do one thing to a run that has ended. Returns 0 done or stopped, 1 failed."""
         name, *rest = self.task
+        start_clock(self.run)
         self.run.events.append("task_start", name=name, of=rest, **self._started_with())
         outcome = self._take_turn() or self._stage(len(self.plan.stages), name, "", rest)
         return self._end(outcome, "task_end")
@@ -277,7 +281,7 @@ class Runner:
             return -1
 
     def _end(self, status: str, kind: str = "run_end") -> int:
-        self.run.events.append(kind, status=status)
+        self.run.events.append(kind, status=status, **self.paused)
         for request in (self.run.stop_path, self.run.abort_path):
             request.unlink(missing_ok=True)
         return 1 if status == "failed" else 0
@@ -353,7 +357,7 @@ class Runner:
         fields["ram_available_bytes"] = psutil.virtual_memory().available
         with contextlib.suppress(OSError):  # a full disk, a folder that was deleted: the trainer's end tells of it
             if shutil.disk_usage(self.run.path).free > LAST_WORDS_BYTES:
-                self.run.events.append("gpu", **fields)
+                self.run.events.append("gpu", **fields, **self.paused)
 
     def _explain_signal(self, stage: str, number: int) -> None:
         advice = f"`finetui resume {self.run.name}` goes on from the newest checkpoint."
@@ -409,7 +413,6 @@ def main() -> int:
     on_end = os.environ.pop(ON_END_ENV, "")
     lock = int(inherited) if inherited else take_lock(run)
     write_holder(lock)
-    start_clock(run)
     for name in ("SIGHUP", "SIGINT"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)

@@ -23,7 +23,8 @@ import psutil
 from core import clock
 from core.checkpoints import complete_checkpoints, is_complete
 from core.errors import FinetuiError
-from core.events import NO_LINK, EventLog, RunState, parse_line, state_of
+from core.event_log import NO_LINK, EventLog
+from core.events import RunState, parse_line, state_of
 from core.notes import Note, read_note
 from core.paths import open_regular, writing_whole
 from core.secrets import redact
@@ -247,10 +248,17 @@ def _holder_lives(run: Run) -> bool:
         return False
 
 
-def start_clock(run: Run) -> None:
-    """Have this process, its runner, write by the run's clock: one that never stands before what was written."""
-    told = [event["t"] for event in head_and_tail(run.events_path, TAIL_BYTES)]
-    run.events.zero = clock.started(max(told, default=0.0))
+def start_clock(run: Run) -> float:
+    """Have this process, its runner, write by the run's clock: one that never stands before what was written.
+
+    Returns the seconds that the run has paused, if it starts now.
+    """
+    state, newest = RunState(), 0.0
+    for event in head_and_tail(run.events_path, TAIL_BYTES):
+        state.fold(event)
+        newest = max(newest, event["t"])
+    run.events.zero = clock.started(newest)
+    return round(state.paused_until(clock.moment(run.events.zero)), 3)
 
 
 def started_at(pid: int) -> float:
@@ -355,7 +363,7 @@ class Digest:
         now = status(run, state.end_status)
         live = now in ("running", "stopping")
         begun = (state.task_started if live else None) or state.started or state.created
-        until = clock.now(state) if live else state.ended or state.seen
+        until = state.now() if live else state.ended or state.seen
         note = read_note(run.path) or Note(state.note)
         return {
             "name": run.name,

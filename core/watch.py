@@ -13,7 +13,6 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from core import clock
 from core.console import NO_TERMINAL
 from core.evaluation import variant_words
 from core.evaluation_report import share_words
@@ -378,7 +377,7 @@ def show_run(out: Console, run: Run) -> None:
     if state.note:
         say(f"note: {state.note}")
     live = head["status"] in ("running", "stopping")
-    now = clock.now(state) if live else state.seen
+    now = state.now() if live else state.seen
     for stage in state.stages:
         if stage.state == "running" and not live:
             stage.state, stage.ended = "crashed", now

@@ -46,8 +46,9 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
 def begin(run: Run) -> dict[str, Any]:
     """A runner that starts; what it hands its trainer."""
     again = Run(run.path)
-    start_clock(again)
-    again.events.append("run_start", host=platform.node(), boot=boot_id(), clock=again.events.zero, pid=1)
+    paused = start_clock(again)
+    here = {"host": platform.node(), "boot": boot_id(), "clock": again.events.zero}
+    again.events.append("run_start", paused_s=paused, pid=1, **here)
     again.events.append("stage_start", name="sft", index=0, base="", pid=2)
     again.events.append("totals", stage="sft", steps=100)
     return {CLOCK_ENV: str(again.events.zero)}
@@ -127,12 +128,12 @@ def test_the_zero_of_another_machine_or_of_an_earlier_start_of_this_one_is_not_c
     ):  # fmt: skip
         state = RunState()
         state.fold({"t": now - 7, "kind": "run_start", **told})
-        assert clock.now(state) == now
+        assert state.now() == now
     state.fold({"t": now + 9, "kind": "gpu"})
-    assert clock.now(state) == now + 9, "the machine's clock stands before the last event"
+    assert state.now() == now + 9, "the machine's clock stands before the last event"
     assert clock.started(3.99e9) + machine.up == now, "no clock of a run goes where no date is"
     begin(run)
-    assert clock.now(run.state()) == now
+    assert run.state().now() == now
 
 
 def test_an_abort_of_a_run_whose_runner_is_gone_is_told_by_the_clock_of_the_run(

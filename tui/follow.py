@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from core import clock
 from core.events import MAX_LINE, Event, EventTail, RunState, StageState, parse_line
 from core.gpu import GpuSample, gpu_report
 from core.notes import Note, note_mark, read_note
@@ -248,7 +247,7 @@ class Follower:
 
             self._examined = mark, examined(self.run, now)
         card = self._examined[1] if now in FAILED else None
-        taken = clock.now(self._state) if now in LIVE else time.time()
+        taken = self._state.now() if now in LIVE else time.time()
         return Snapshot(
             self.run, now, phase_started=self._phase_started, taken=taken, note=note, card=card,
             disk_free=self._disk_free() if now in LIVE else None, **self._copy,
