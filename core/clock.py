@@ -43,6 +43,6 @@ def moment(zero: float | None) -> float:
 
 def zero_told(start: dict[str, Any]) -> float | None:
     """The zero that the start of a run tells; None where it tells none, or counts on another machine."""
-    zero, here = start.get("clock"), (boot_id(), platform.node())
-    known = isinstance(zero, int | float) and (start.get("boot"), start.get("host")) == here
-    return float(zero) if known and 0 <= moment(zero) < MAX_T else None
+    zero = start.get("clock")
+    here = (start.get("boot"), start.get("host")) == (boot_id(), platform.node())
+    return zero if here and isinstance(zero, int | float) and 0 <= moment(zero) < MAX_T else None

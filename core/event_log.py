@@ -1,4 +1,4 @@
-"""The event log of a run as runner and trainer write it: whole lines, whatever the disk does. `core.events` reads it."""
+"""The event log of a run as runner and trainer write it: whole lines, whatever the disk does. See `core.events`."""
 
 import contextlib
 import errno

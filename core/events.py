@@ -6,7 +6,6 @@ kinds and fields, a torn last line, and a log that another process is still writ
 
 import json
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ MAX_LINE = 1_000_000
 MAX_ARTEFACTS = 50
 COUNTS = ("steps", "batch", "rows", "examples", "held_out", "left_out", "tokens", "trained_tokens", "trainable")
 STARTED_WITH = ("pid", "pid_started", "host", "boot", "clock")
+KNOWN_BYTES = 128
 NO_LIFE = ("created", "stages", "notice")
 """Kinds of events that others write into the log of a run that does not live."""
 NO_METRICS = frozenset(("t", "step", "epoch", "nonfinite"))
@@ -30,12 +30,27 @@ NUMBERS = (int, float, type(None))
 Event = dict[str, Any]
 
 
+def bytes_before(stream: IO[bytes], offset: int) -> bytes:
+    """What a log says just before `offset`: by it a reader that comes back there knows whether it is the same log.
+
+    Inode numbers are given again at once, and a log may be cut and grow.
+    """
+    start = max(0, offset - KNOWN_BYTES)
+    stream.seek(start)
+    return stream.read(offset - start)
+
+
 class EventTail:
-    """Reads the events that were added since the last call; a line still being written waits for the next call."""
+    """Reads the events that were added since the last call; a line still being written waits for the next call.
+
+    Where the log is not the one that was read, another or one that was cut, it is read from its beginning: `restarts`
+    counts how often, for who keeps what it told.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.offset = 0
+        self.offset = self.restarts = 0
+        self._known = b""
         self.broken_lines = 0
         self._skipping = False
 
@@ -46,16 +61,17 @@ class EventTail:
         """
         try:
             with open_regular(self.path) as stream:
-                if os.fstat(stream.fileno()).st_size < self.offset:
-                    self.offset, self._skipping = 0, False
+                if bytes_before(stream, self.offset) != self._known:
+                    self.offset, self._skipping, self.restarts = 0, False, self.restarts + 1
                 stream.seek(self.offset)
                 chunk = self._next(stream, limit_bytes)
+                start = chunk.find(b"\n") + 1 if self._skipping else 0
+                end = chunk.rfind(b"\n") + 1
+                self._skipping = self._skipping and not end
+                self.offset += end
+                self._known = bytes_before(stream, self.offset)
         except OSError:
             return []
-        start = chunk.find(b"\n") + 1 if self._skipping else 0
-        end = chunk.rfind(b"\n") + 1
-        self._skipping = self._skipping and not end
-        self.offset += end
         return list(self._parse(chunk[start:end]))
 
     def _next(self, stream: IO[bytes], limit_bytes: int) -> bytes:

@@ -24,7 +24,7 @@ from core import clock
 from core.checkpoints import complete_checkpoints, is_complete
 from core.errors import FinetuiError
 from core.event_log import NO_LINK, EventLog
-from core.events import RunState, parse_line, state_of
+from core.events import RunState, bytes_before, parse_line, state_of
 from core.notes import Note, read_note
 from core.paths import open_regular, writing_whole
 from core.secrets import redact
@@ -351,7 +351,7 @@ class Digest:
 
     def __init__(self, run: Run, tail_bytes: int = TAIL_BYTES) -> None:
         self.run, self.tail_bytes = run, tail_bytes
-        self._state, self._offset = RunState(name=run.name), 0
+        self._state, self._offset, self._known = RunState(name=run.name), 0, b""
 
     def read(self) -> dict[str, Any]:
         """The run as it is now; keys as `summary` gives them."""
@@ -384,20 +384,22 @@ class Digest:
         }
 
     def _catch_up(self) -> None:
-        """Fold what the log tells since the last call; where that is much, or the log is shorter, its two ends anew."""
+        """Fold what the log tells since the last call; where that is much, or it is another log, its two ends anew."""
         try:
             with open_regular(self.run.events_path) as stream:
                 size = os.fstat(stream.fileno()).st_size
-                if self._offset and 0 <= size - self._offset <= self.tail_bytes:
+                same = self._offset and bytes_before(stream, self._offset) == self._known
+                if same and 0 <= size - self._offset <= self.tail_bytes:
                     stream.seek(self._offset)
                     new = stream.read(size - self._offset)
                 else:
                     self._state = RunState(name=self.run.name)
                     new = _ends(stream, size, self.tail_bytes)
+                whole = new.rfind(b"\n") + 1  # a line still being written waits for the next call
+                self._offset = size - len(new) + whole
+                self._known = bytes_before(stream, self._offset)
         except OSError:
             return
-        whole = new.rfind(b"\n") + 1  # a line still being written waits for the next call
-        self._offset = size - len(new) + whole
         for line in new[:whole].splitlines():
             if (event := parse_line(line)) is not None:
                 self._state.fold(event)

@@ -198,15 +198,18 @@ class Follower:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self._tail = EventTail(run.events_path)
-        self._state = RunState(name=run.name)
-        self._sensors, self._clock = Sensors(), Clock()
-        self._phase: tuple[str, str] = ("", "")
-        self._phase_started: float | None = None
+        self._tail, self._restarts = EventTail(run.events_path), 0
+        self._begin()
         self._shown: tuple[str, Any] = ("", None)
         self._copy: dict[str, Any] = {}
         self._disk: tuple[float, int | None] = (-DISK_EVERY_S, None)
         self._examined: tuple[tuple[str, int], PostMortem | None] = (("", -1), None)
+
+    def _begin(self) -> None:
+        self._state = RunState(name=self.run.name)
+        self._sensors, self._clock = Sensors(), Clock()
+        self._phase: tuple[str, str] = ("", "")
+        self._phase_started: float | None = None
 
     def read(self) -> Snapshot | None:
         """What the run is now, or None where nothing has happened since the last call and nothing lives."""
@@ -272,6 +275,9 @@ class Follower:
         seen = False
         while events := self._tail.read(BATCH_BYTES):
             seen = True
+            if self._tail.restarts != self._restarts:
+                self._restarts = self._tail.restarts
+                self._begin()
             for event in events:
                 tamed(event)
                 self._fold(event)
