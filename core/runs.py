@@ -447,6 +447,7 @@ def head_and_tail(path: Path, tail_bytes: int) -> Iterator[dict[str, Any]]:
 
 def _ends(stream: IO[bytes], size: int, tail_bytes: int) -> bytes:
     """The head and the tail of a log of `size` bytes, cut at the ends of lines; all of a short one."""
+    stream.seek(0)
     if size <= tail_bytes + HEAD_BYTES:
         return stream.read(size)
     head = stream.read(HEAD_BYTES)

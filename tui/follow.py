@@ -273,7 +273,7 @@ class Follower:
 
     def _catch_up(self) -> bool:
         seen = False
-        while events := self._tail.read(BATCH_BYTES):
+        while (events := self._tail.read(BATCH_BYTES)) or self._tail.restarts != self._restarts:
             seen = True
             if self._tail.restarts != self._restarts:
                 self._restarts = self._tail.restarts
