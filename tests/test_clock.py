@@ -12,6 +12,7 @@ from conftest import MakeNamed, plan
 
 from core import clock, runner
 from core.clock import CLOCK_ENV, boot_id
+from core.data_cache import building, data_cache, entry, tidy
 from core.events import RunState
 from core.machine_use import use_of
 from core.runs import Run, create_run, find_run, list_runs, start_clock, summary, take_lock
@@ -146,6 +147,18 @@ def test_an_abort_of_a_run_whose_runner_is_gone_is_told_by_the_clock_of_the_run(
     runner.abort(run)
     os.close(holder)
     assert summary(run)["status"] == "aborted" and summary(run)["duration_s"] == 100
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs flock")
+def test_what_is_still_being_built_in_the_cache_outlives_a_clock_that_was_set_on() -> None:
+    with building("0" * 32) as folder:
+        (folder / "piece").write_bytes(b"x" * 100)
+        os.utime(folder, (time.time() - 2 * DAY,) * 2)
+        with building("1" * 32) as newer:
+            (newer / "piece").write_bytes(b"x")
+        tidy(limit=1)
+        assert (folder / "piece").exists()
+    assert entry("0" * 32) and not list(data_cache().glob(".*"))
 
 
 def test_the_run_made_last_is_the_last_one_after_the_clock_was_set_back(folder: Path) -> None:
