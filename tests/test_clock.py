@@ -118,6 +118,20 @@ def test_a_clock_that_is_set_between_stop_and_resume_leaves_the_time_that_was_wo
     os.close(holder)
 
 
+def test_a_run_that_starts_again_is_in_no_phase_yet(named: MakeNamed, machine: Machine) -> None:
+    run = named()
+    begin(run)
+    run.events.append("phase", stage="sft", name="train")
+    following = Follower(run)
+    assert (shown := following.read()) and shown.phase_started is not None
+    machine.set(HOUR)
+    holder = take_lock(run)
+    start_clock(run)
+    run.events.append("run_start", pid=1)
+    assert (shown := following.read()) and shown.live and shown.phase_started is None
+    os.close(holder)
+
+
 def test_the_zero_of_another_machine_or_of_an_earlier_start_of_this_one_is_not_counted_from(
     named: MakeNamed, machine: Machine
 ) -> None:

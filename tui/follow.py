@@ -295,6 +295,7 @@ class Follower:
             del self._state.gpu[:-1]
         elif kind == "run_start":
             self._sensors.restart(event["t"])
+            self._phase, self._phase_started = ("", ""), None
         elif kind == "stage_start":
             self._clock.fold(event)
             self._phase, self._phase_started = (str(event.get("name")), "start"), event["t"]
