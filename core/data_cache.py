@@ -16,7 +16,7 @@ from typing import Any
 
 from core.data_pieces import PIECE_BYTES
 from core.errors import FinetuiError
-from core.paths import TORN, building_folder, cache_dir, remove_torn, writing_whole
+from core.paths import TORN, building_folder, cache_dir, is_held, remove_torn, writing_whole
 
 VERSION = 3
 """Part of every key: raise it when rows are read, keyed or tokenised differently."""
@@ -92,8 +92,10 @@ def tidy(*, keep: str = "", limit: int | None = None) -> None:
     total = sum(size for _, _, size in found)
     newest = max((used for used, _, _ in found), default=0)
     for used, folder, size in sorted(found):
-        abandoned = folder.name.startswith(".") and used < newest - 24 * 3600
-        if (total > limit or abandoned) and folder.name != keep:
+        hidden = folder.name.startswith(".")
+        if hidden and is_held(folder):  # its builder lives, whatever the clock says of its age
+            continue
+        if (total > limit or (hidden and used < newest - 24 * 3600)) and folder.name != keep:
             shutil.rmtree(folder, ignore_errors=True)
             total -= size
 

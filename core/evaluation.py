@@ -8,12 +8,12 @@ import contextlib
 import hashlib
 import json
 import re
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from core import clock
 from core.errors import FinetuiError
 from core.paths import writing_whole
 from core.runs import Run
@@ -147,7 +147,7 @@ def report_of(facts: dict[str, Any], rows: Sequence[Row], variants: Sequence[str
         ],
         "cut": {name: sum(answer["cut"] for answer in answers[name]) for name in variants},
         "seconds": seconds,
-        "t": round(time.time(), 3),
+        "t": round(clock.moment(clock.inherited()), 3),
     }
 
 

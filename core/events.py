@@ -1,131 +1,56 @@
-"""The event log of a run: written by runner and trainer, followed by any number of viewers.
+"""The event log of a run as its readers see it, any number of viewers: `core.event_log` writes it.
 
 One JSON object a line, ``{"t": unix seconds, "kind": …}``; the first line carries ``"v": 1``. Readers accept unknown
 kinds and fields, a torn last line, and a log that another process is still writing.
 """
 
-import contextlib
-import errno
 import json
 import math
-import os
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from core import clock
 from core.paths import open_regular
-from core.secrets import redact
 from core.stages import EXPORT_STAGES
 
 VERSION = 1
-NO_LINK = getattr(os, "O_NOFOLLOW", 0)
-"""A run folder may come from a stranger: nothing is written through a link in it."""
-FULL = (errno.ENOSPC, errno.EDQUOT)
-RESERVE_BYTES = 256 * 1024
-LAST_WORDS = ("error", "stage_end", "run_end", "task_end")
-MAX_TEXT = 20_000
 MAX_LINE = 1_000_000
 """Bytes; no event that is written here is longer."""
 MAX_ARTEFACTS = 50
-MAX_T = 4e9  # the year 2096; a larger time is no time, and clocks cannot show it
 COUNTS = ("steps", "batch", "rows", "examples", "held_out", "left_out", "tokens", "trained_tokens", "trainable")
+STARTED_WITH = ("pid", "pid_started", "host", "boot", "clock")
+KNOWN_BYTES = 128
+NO_LIFE = ("created", "stages", "notice")
+"""Kinds of events that others write into the log of a run that does not live."""
 NO_METRICS = frozenset(("t", "step", "epoch", "nonfinite"))
 NOT_NUMBERS = (str, list, dict, bool)
 NUMBERS = (int, float, type(None))
 Event = dict[str, Any]
 
 
-class EventLog:
-    """Appends whole lines to `path`; safe to use from several processes at once (one ``write`` each, O_APPEND)."""
+def bytes_before(stream: IO[bytes], offset: int) -> bytes:
+    """What a log says just before `offset`: by it a reader that comes back there knows whether it is the same log.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.whole = False
-
-    def append(self, kind: str, **fields: Any) -> None:
-        """Write one event now. Non-finite numbers become null and are counted in ``nonfinite``; long text is cut."""
-        counted = [0]
-        event = {"t": round(time.time(), 3), "kind": kind, **{key: _plain(v, counted) for key, v in fields.items()}}
-        if counted[0]:
-            event["nonfinite"] = counted[0]
-        line = json.dumps(event, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace") + b"\n"
-        if not self.whole:
-            line = self._mended() + line
-        try:
-            self._write(line)
-        except OSError as error:
-            if error.errno not in FULL or kind not in LAST_WORDS or not self._use_reserve():
-                raise
-            self._write(b"\n" + line)
-
-    def _write(self, line: bytes) -> None:
-        handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | NO_LINK, 0o600)
-        self.whole = False
-        try:
-            self.whole = os.write(handle, line) == len(line)
-        finally:
-            os.close(handle)
-        if not self.whole:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
-
-    @property
-    def reserve(self) -> Path:
-        """A file that gives its place on a full disk to the last words of a run."""
-        return self.path.with_name(".reserve")
-
-    def keep_reserve(self) -> None:
-        """Make the reserve anew, if there is room for it."""
-        with contextlib.suppress(OSError):
-            handle = os.open(self.reserve, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | NO_LINK, 0o600)
-            try:
-                os.write(handle, os.urandom(RESERVE_BYTES))  # zeros would take no place on some file systems
-            finally:
-                os.close(handle)
-
-    def _use_reserve(self) -> bool:
-        try:
-            self.reserve.unlink()
-        except OSError:
-            return False
-        return True
-
-    def _mended(self) -> bytes:
-        """What ends a torn last line, so that the next event does not become part of it."""
-        with contextlib.suppress(OSError), self.path.open("rb") as stream:
-            stream.seek(-1, os.SEEK_END)
-            return b"" if stream.read(1) == b"\n" else b"\n"
-        return b""
-
-
-def _plain(value: Any, counted: list[int]) -> Any:
-    """`value` as JSON can hold it."""
-    if isinstance(value, bool | int | None):
-        return value
-    if isinstance(value, float):
-        if math.isfinite(value):
-            return value
-        counted[0] += 1
-        return None
-    if isinstance(value, str):
-        value = redact(value)
-        return value if len(value) <= MAX_TEXT else value[: MAX_TEXT // 2] + " … " + value[-MAX_TEXT // 2 :]
-    if isinstance(value, dict):
-        return {str(key): _plain(item, counted) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item, counted) for item in value]
-    if hasattr(value, "item"):
-        return _plain(value.item(), counted)
-    return str(value)
+    Inode numbers are given again at once, and a log may be cut and grow.
+    """
+    start = max(0, offset - KNOWN_BYTES)
+    stream.seek(start)
+    return stream.read(offset - start)
 
 
 class EventTail:
-    """Reads the events that were added since the last call; a line still being written waits for the next call."""
+    """Reads the events that were added since the last call; a line still being written waits for the next call.
+
+    Where the log is not the one that was read, another or one that was cut, it is read from its beginning: `restarts`
+    counts how often, for who keeps what it told.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.offset = 0
+        self.offset = self.restarts = 0
+        self._known = b""
         self.broken_lines = 0
         self._skipping = False
 
@@ -136,16 +61,17 @@ class EventTail:
         """
         try:
             with open_regular(self.path) as stream:
-                if os.fstat(stream.fileno()).st_size < self.offset:
-                    self.offset, self._skipping = 0, False
+                if bytes_before(stream, self.offset) != self._known:
+                    self.offset, self._skipping, self.restarts = 0, False, self.restarts + 1
                 stream.seek(self.offset)
                 chunk = self._next(stream, limit_bytes)
+                start = chunk.find(b"\n") + 1 if self._skipping else 0
+                end = chunk.rfind(b"\n") + 1
+                self._skipping = self._skipping and not end
+                self.offset += end
+                self._known = bytes_before(stream, self.offset)
         except OSError:
             return []
-        start = chunk.find(b"\n") + 1 if self._skipping else 0
-        end = chunk.rfind(b"\n") + 1
-        self._skipping = self._skipping and not end
-        self.offset += end
         return list(self._parse(chunk[start:end]))
 
     def _next(self, stream: IO[bytes], limit_bytes: int) -> bytes:
@@ -179,7 +105,8 @@ def parse_line(line: bytes) -> Event | None:
         return None
     if not isinstance(event, dict) or not isinstance(event.get("kind"), str):
         return None
-    if isinstance(event.get("t"), bool) or not isinstance(event.get("t"), int | float) or not 0 <= event["t"] < MAX_T:
+    t = event.get("t")
+    if isinstance(t, bool) or not isinstance(t, int | float) or not 0 <= t < clock.MAX_T:
         event["t"] = 0.0
     return event
 
@@ -250,6 +177,8 @@ class RunState:
     created: float | None = None
     started: float | None = None
     ended: float | None = None
+    seen: float | None = None
+    """The last sign of life of its runner and trainers."""
     end_status: str | None = None
     stages: list[StageState] = field(default_factory=list)
     start: Event = field(default_factory=dict)
@@ -261,7 +190,7 @@ class RunState:
     artefacts: dict[str, Event] = field(default_factory=dict)
     """What was made of the result, by what it is: ``merged_16bit``, ``Q4_K_M``, ``upload``."""
     paused_s: float = 0.0
-    """Seconds between the ends of this run and its resumptions."""
+    """Seconds between the ends of this run, or its last signs of life, and its resumptions."""
     task: str = ""
     """What is done to a run that has ended, `evaluate`, while it is; the run's own end stays what it was."""
     task_started: float | None = None
@@ -284,6 +213,12 @@ class RunState:
         running = [stage for stage in begun if stage.state == "running"]
         return (running or begun)[-1] if begun else None
 
+    def now(self) -> float:
+        """Now on the clock of this run, while it lives; while it is about to start again that stands still."""
+        if self.ended and not self.task_started:
+            return self.ended
+        return max(clock.moment(clock.zero_told(self.start)), self.seen or 0.0)
+
     def last(self, metric: str) -> float | None:
         """The newest finite value of a metric in any stage, of a later stage first."""
         found = (stage.last(metric) for stage in reversed(self.stages))
@@ -305,6 +240,7 @@ class RunState:
             try:
                 self.nonfinite += _count(event.get("nonfinite"))
                 handler(event)
+                self.seen = self.seen if event["kind"] in NO_LIFE else event["t"] or self.seen
             except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError):
                 self.notices.append({"level": "warning", "text": f"an event of kind {event['kind'][:40]} is malformed"})
 
@@ -317,15 +253,26 @@ class RunState:
         for name in event.get("stages", []):
             self.stage(str(name))
 
+    def paused_until(self, t: float) -> float:
+        """What `paused_s` is once it starts again at `t`."""
+        until = (self.ended or self.seen) if self.started else None  # one that was killed told no end
+        return self.paused_s + (max(0.0, t - until) if until else 0.0)
+
     def _on_run_start(self, event: Event) -> None:
+        self.paused_s = self.paused_until(event["t"])
+        self._told_pauses(event)
         self.started = self.started or event["t"]
-        self.paused_s += max(0.0, event["t"] - self.ended) if self.ended else 0.0
         self.ended, self.end_status = None, None
         self.errors = []
         self.start, self.waiting_for, self.task = event, None, ""
         for stage in self.stages:
             if stage.state in ("running", "failed", "stopped", "aborted"):
                 stage.state = "waiting"
+
+    def _told_pauses(self, event: Event) -> None:
+        """The run's own sum of its pauses, for who passes over the middle of a long log."""
+        if "paused_s" in event:
+            self.paused_s = max(0.0, _finite(event["paused_s"]))
 
     def _on_stages(self, event: Event) -> None:
         """More was asked of the run than its plan had."""
@@ -344,7 +291,7 @@ class RunState:
 
     def _on_task_start(self, event: Event) -> None:
         self.task, self.task_started = str(event.get("name", "")), event["t"]
-        self.start = {**self.start, "pid": event.get("pid"), "pid_started": event.get("pid_started")}
+        self.start = self.start | {key: event[key] for key in STARTED_WITH if key in event}
         self.errors, self.waiting_for = [], None
 
     def _on_task_end(self, event: Event) -> None:
@@ -356,15 +303,14 @@ class RunState:
     def _on_stage_start(self, event: Event) -> None:
         self.waiting_for = None
         stage = self.stage(str(event.get("name", "")))
-        stage.state, stage.started, stage.ended, stage.exit = "running", event["t"], None, ""
+        stage.state, stage.started, stage.ended, stage.exit, stage.pace = "running", event["t"], None, "", []
         if stage.name in EXPORT_STAGES:  # made anew, where trainers go on
-            stage.step, stage.total_steps, stage.pace, stage.phase_seconds = 0, 0, [], {}
+            stage.step, stage.total_steps, stage.phase_seconds = 0, 0, {}
         stage.base = str(event.get("base", ""))
         stage.pid, stage.pid_started = _count(event.get("pid")) or None, _finite(event.get("pid_started")) or None
         stage.phase, stage.detail = "start", ""
         if stage.name == "evaluate":  # another one begins at its beginning
-            stage.step = stage.total_steps = 0
-            stage.pace, stage.phase_seconds = [], {}
+            stage.step, stage.total_steps, stage.phase_seconds = 0, 0, {}
         if "resumed_step" in event:
             stage.rewind(_count(event["resumed_step"]))
 
@@ -427,6 +373,7 @@ class RunState:
             self.artefacts[str(event.get("what", ""))] = event
 
     def _on_gpu(self, event: Event) -> None:
+        self._told_pauses(event)
         self.gpu.append(event)
 
     def _on_notice(self, event: Event) -> None:
@@ -456,6 +403,7 @@ class RunState:
 
     def _on_run_end(self, event: Event) -> None:
         self.end_status, self.ended = str(event.get("status", "")), event["t"]
+        self._told_pauses(event)
 
 
 def _count(value: Any) -> int:

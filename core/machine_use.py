@@ -64,13 +64,6 @@ def system() -> str:
     return f"{platform.system()} {platform.release()}, {platform.machine()}"
 
 
-def boot_id() -> str:
-    """What names this start of the machine, empty where the system has no such name; clocks do not change it."""
-    with contextlib.suppress(OSError):
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return ""
-
-
 def oom_kills() -> int:
     """How many processes the kernel has ended for lack of memory since it started, 0 where it does not say."""
     with contextlib.suppress(OSError, ValueError, IndexError):

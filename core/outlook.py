@@ -100,7 +100,7 @@ def _by_example(state: RunState, before: Plan, plan: Plan, name: str) -> float |
 
 
 def _took(stage: StageState) -> float | None:
-    return stage.ended - stage.started if stage.ended and stage.started and stage.state == "done" else None
+    return max(0.0, stage.ended - stage.started) if stage.ended and stage.started and stage.state == "done" else None
 
 
 # Disk -----------------------------------------------------------------------------------------------------------------

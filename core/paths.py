@@ -73,17 +73,22 @@ def _is_torn(path: Path) -> bool:
     writer = path.name.removesuffix(TORN).split(".")[-2]
     if not writer.isdecimal() or psutil.pid_exists(int(writer)):
         return False
+    return not is_held(path)
+
+
+def is_held(path: Path) -> bool:
+    """Whether a living writer holds a temporary file or folder, or that cannot be told; without ``flock`` none does."""
     if fcntl is None:
-        return True
+        return False
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
     except OSError:
-        return False
+        return True
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except OSError:
         return False
+    except OSError:
+        return True
     finally:
         os.close(handle)
 

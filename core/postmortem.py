@@ -12,9 +12,10 @@ from typing import Any
 
 from core.causes import RESTARTED, UNKNOWN, VANISHED, Cause, cause_of, cause_of_signal
 from core.checkpoints import checkpoints_in, is_complete, step_of
+from core.clock import boot_id
 from core.errors import FinetuiError
 from core.events import Event
-from core.machine_use import GIB, boot_id
+from core.machine_use import GIB
 from core.paths import open_regular
 from core.remedy import Remedy, remedy_for
 from core.runs import Run, head_and_tail

@@ -110,9 +110,11 @@ class ReadyTrainer:
                 stderr=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
 
-    def take(self, arguments: Sequence[str], folder: str, files: Sequence[int]) -> subprocess.Popen[Any] | None:
-        """Give it a stage's arguments, folder, log and locks; None where it is not there any more."""
-        message = {"arguments": list(arguments), "folder": folder}
+    def take(
+        self, arguments: Sequence[str], folder: str, files: Sequence[int], environment: Mapping[str, str]
+    ) -> subprocess.Popen[Any] | None:
+        """Give it a stage's arguments, folder, log and locks, and more for its environment; None where it is gone."""
+        message = {"arguments": list(arguments), "folder": folder, "environment": dict(environment)}
         if self.process.poll() is None and _send(self.socket, message, files):
             return self.process
         return None
@@ -138,6 +140,7 @@ def await_stage() -> bool:
     if message is None:
         return False
     sys.argv[1:] = message["arguments"]
+    os.environ.update(message["environment"])
     os.chdir(message["folder"])
     _write_to(files[0])
     return True

@@ -9,7 +9,7 @@ from types import FrameType
 from typing import Any
 
 from core.errors import FinetuiError
-from core.events import FULL, LAST_WORDS
+from core.event_log import FULL, LAST_WORDS
 from core.runs import Run
 from core.stages import TRAINING_STAGES
 

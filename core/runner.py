@@ -20,13 +20,24 @@ from typing import IO, TYPE_CHECKING, Any
 
 import psutil
 
-from core import __version__, gpu
+from core import __version__, clock, gpu
 from core.artefacts import output_of, stage_done
 from core.children import LOCK_ENV, ON_END_ENV, child_environment, runner_environment, stage_environment
 from core.errors import FinetuiError
-from core.machine_use import boot_id, changed_software, code, oom_kills, system, versions
+from core.machine_use import changed_software, code, oom_kills, system, versions
 from core.paths import TORN, remove_torn
-from core.runs import Run, create_run, find_run, is_alive, last_start, process_lives, take_lock, write_holder
+from core.runs import (
+    Run,
+    create_run,
+    find_run,
+    is_alive,
+    last_start,
+    process_lives,
+    start_clock,
+    started_at,
+    take_lock,
+    write_holder,
+)
 from core.secrets import guard_output
 from core.stages import EXPORT_STAGES, TRAINING_STAGES
 from core.trust import refuse_strangers
@@ -94,12 +105,12 @@ def abort(run: Run) -> None:
     from core.runs import request_abort
 
     request_abort(run)
-    holder = run.state().start
-    if not process_lives(holder.get("pid"), holder.get("pid_started")):
-        stage = run.state().current
+    state = run.state()
+    if not process_lives(state.start.get("pid"), state.start.get("pid_started")):
+        stage = state.current
         if stage and process_lives(stage.pid, stage.pid_started) and stage.pid:
             _end_group(stage.pid)
-        kind = "task_end" if run.state().task else "run_end"
+        kind, run.events.zero = "task_end" if state.task else "run_end", clock.zero_told(state.start)
         run.events.append(kind, status="aborted", text="the runner was gone; its trainer was ended")
 
 
@@ -152,6 +163,7 @@ class Runner:
         self.next_sample = 0.0
         self.turn: int | None = None
         self.software: dict[str, Any] = {}
+        self.paused: dict[str, float] = {}
 
     def stop_asked(self, *_: object) -> bool:
         return self.run.stop_path.exists()
@@ -165,16 +177,16 @@ class Runner:
         """Run every stage that is not done yet. Returns the exit code of the run: 0 done or stopped, 1 failed."""
         if self.task:
             return self._do_task()
-        me = psutil.Process()
         self.run.events.keep_reserve()
+        self.paused = {"paused_s": start_clock(self.run)}
         fresh = not any(self.run.stage_path(stage).exists() for stage in self.plan.stages)
         before = {} if fresh else last_start(self.run) or {}
         self.software = {
             "version": __version__, "python": sys.version.split()[0], "versions": versions(), "code": code()
         }  # fmt: skip
         self.run.events.append(
-            "run_start", **self.software, host=platform.node(), pid=me.pid, pid_started=me.create_time(),
-            resumed=not fresh, system=system(), boot=boot_id(),
+            "run_start", **self.software, **self._started_with(), **self.paused, resumed=not fresh,
+            system=system(),
         )  # fmt: skip
         self._tell_changes(before)
         if self._needs_device() and (ended := self._take_turn()):
@@ -193,6 +205,13 @@ class Runner:
                 return self._end(outcome)
             self._look_for_wishes()
         return self._end("done")
+
+    def _started_with(self) -> dict[str, Any]:
+        """What tells this process and the run's clock from those of other starts."""
+        return {
+            "host": platform.node(), "pid": os.getpid(), "pid_started": started_at(os.getpid()),
+            "boot": clock.boot_id(), "clock": self.run.events.zero,
+        }  # fmt: skip
 
     def _tell_changes(self, before: dict[str, Any]) -> None:
         """Say what of the software is not what it was when this run was last started."""
@@ -227,8 +246,9 @@ class Runner:
 
     def _do_task(self) -> int:
         """Do one thing to a run that has ended. Returns 0 done or stopped, 1 failed."""
-        me, (name, *rest) = psutil.Process(), self.task
-        self.run.events.append("task_start", name=name, of=rest, pid=me.pid, pid_started=me.create_time())
+        name, *rest = self.task
+        start_clock(self.run)
+        self.run.events.append("task_start", name=name, of=rest, **self._started_with())
         outcome = self._take_turn() or self._stage(len(self.plan.stages), name, "", rest)
         return self._end(outcome, "task_end")
 
@@ -261,7 +281,7 @@ class Runner:
             return -1
 
     def _end(self, status: str, kind: str = "run_end") -> int:
-        self.run.events.append(kind, status=status)
+        self.run.events.append(kind, status=status, **self.paused)
         for request in (self.run.stop_path, self.run.abort_path):
             request.unlink(missing_ok=True)
         return 1 if status == "failed" else 0
@@ -306,11 +326,12 @@ class Runner:
         ready, self.ready = self.ready, None
         with self.run.log_path.open("ab") as log:
             files = [log.fileno(), self.lock, *([] if self.turn is None else [self.turn])]
+            time_kept = {clock.CLOCK_ENV: str(self.run.events.zero)}
             if ready and "core.train" in command:
                 folder.mkdir(parents=True, exist_ok=True)
-                if child := ready.take(command[4:], str(folder), files):
+                if child := ready.take(command[4:], str(folder), files, time_kept):
                     return child, ready
-            environment = {**child_environment(), **stage_environment(self.plan)}
+            environment = {**child_environment(), **stage_environment(self.plan), **time_kept}
             return _spawn(command, folder, log, self.lock, environment, self.turn), None
 
     def _follow(self, child: subprocess.Popen[bytes]) -> bool:
@@ -336,7 +357,7 @@ class Runner:
         fields["ram_available_bytes"] = psutil.virtual_memory().available
         with contextlib.suppress(OSError):  # a full disk, a folder that was deleted: the trainer's end tells of it
             if shutil.disk_usage(self.run.path).free > LAST_WORDS_BYTES:
-                self.run.events.append("gpu", **fields)
+                self.run.events.append("gpu", **fields, **self.paused)
 
     def _explain_signal(self, stage: str, number: int) -> None:
         advice = f"`finetui resume {self.run.name}` goes on from the newest checkpoint."
@@ -363,7 +384,7 @@ class Runner:
 
 def _created(pid: int) -> float | None:
     with contextlib.suppress(psutil.Error):
-        return psutil.Process(pid).create_time()
+        return started_at(pid)
     return None
 
 

@@ -20,9 +20,11 @@ from typing import IO, TYPE_CHECKING, Any
 
 import psutil
 
+from core import clock
 from core.checkpoints import complete_checkpoints, is_complete
 from core.errors import FinetuiError
-from core.events import NO_LINK, EventLog, RunState, parse_line, state_of
+from core.event_log import NO_LINK, EventLog
+from core.events import RunState, bytes_before, parse_line, state_of
 from core.notes import Note, read_note
 from core.paths import open_regular, writing_whole
 from core.secrets import redact
@@ -80,7 +82,7 @@ class Run:
 
     @cached_property
     def events(self) -> EventLog:
-        return EventLog(self.events_path)
+        return EventLog(self.events_path, clock.inherited())
 
     def plan(self) -> "Plan":
         """The resolved plan this run was made with, and what was asked of it later. Raises FinetuiError."""
@@ -141,7 +143,9 @@ def create_run(folder: Path, resolved: "Resolved") -> Run:
         ) from error
     run = Run(path)
     try:
+        newest = [other.plan_path.stat().st_mtime_ns for other in list_runs(folder)[:1]]
         save_plan(resolved, run.plan_path)
+        _later_than(newest, run.plan_path)
         remember_trust(path, plan)
         run.events.append(
             "created", v=1, name=run.name, method=plan.method, model=plan.model.size or plan.model.name,
@@ -153,6 +157,12 @@ def create_run(folder: Path, resolved: "Resolved") -> Run:
             raise FinetuiError(f"No run can be made in {folder}: {error.strerror}.", "Free some space.") from error
         raise
     return run
+
+
+def _later_than(newest: list[int], path: Path) -> None:
+    """Have the newest run stand first where the clock was set back since the one before: `last` means it."""
+    if newest and path.stat().st_mtime_ns <= newest[0]:
+        os.utime(path, ns=(newest[0] + 1_000_000,) * 2)
 
 
 def _slug(name: str) -> str:
@@ -172,7 +182,7 @@ def list_runs(folder: Path) -> list[Run]:
         path = Path(entry.path)
         with contextlib.suppress(OSError):
             plan = os.stat(path / "plan.yaml")
-            found.append((plan.st_mtime, path.name, path))
+            found.append((plan.st_mtime_ns, path.name, path))
     return [Run(path) for _, _, path in sorted(found, reverse=True)]
 
 
@@ -227,7 +237,7 @@ def write_holder(handle: int) -> None:
     me = psutil.Process()
     os.ftruncate(handle, 0)
     os.lseek(handle, 0, os.SEEK_SET)
-    os.write(handle, json.dumps({"pid": me.pid, "started": me.create_time()}).encode())
+    os.write(handle, json.dumps({"pid": me.pid, "started": started_at(me.pid)}).encode())
 
 
 def _holder_lives(run: Run) -> bool:
@@ -238,13 +248,35 @@ def _holder_lives(run: Run) -> bool:
         return False
 
 
+def start_clock(run: Run) -> float:
+    """Have this process, its runner, write by the run's clock: one that never stands before what was written.
+
+    Returns the seconds that the run has paused, if it starts now.
+    """
+    state, newest = RunState(), 0.0
+    for event in head_and_tail(run.events_path, TAIL_BYTES):
+        state.fold(event)
+        newest = max(newest, event["t"])
+    run.events.zero = clock.started(newest)
+    return round(state.paused_until(clock.moment(run.events.zero)), 3)
+
+
+def started_at(pid: int) -> float:
+    """When a process started, as a number that setting the clock does not change: on Linux in seconds since the machine
+    did, for the time of day of that is reckoned anew from each clock. Raises psutil.Error."""
+    try:
+        facts = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+        return round(int(facts[19]) / os.sysconf("SC_CLK_TCK"), 2)
+    except (OSError, ValueError, IndexError, AttributeError):
+        return psutil.Process(pid).create_time()
+
+
 def process_lives(pid: int | None, started: float | None) -> bool:
     """Whether the process with this id is the one that started then: process ids are used again."""
     if not pid or started is None:
         return False
     try:
-        process = psutil.Process(pid)
-        return abs(process.create_time() - started) < 2 and process.status() != psutil.STATUS_ZOMBIE
+        return abs(started_at(pid) - started) < 0.05 and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return False
 
@@ -319,7 +351,7 @@ class Digest:
 
     def __init__(self, run: Run, tail_bytes: int = TAIL_BYTES) -> None:
         self.run, self.tail_bytes = run, tail_bytes
-        self._state, self._offset = RunState(name=run.name), 0
+        self._state, self._offset, self._known = RunState(name=run.name), 0, b""
 
     def read(self) -> dict[str, Any]:
         """The run as it is now; keys as `summary` gives them."""
@@ -331,7 +363,7 @@ class Digest:
         now = status(run, state.end_status)
         live = now in ("running", "stopping")
         begun = (state.task_started if live else None) or state.started or state.created
-        until = time.time() if live else state.ended or _modified(run.events_path)
+        until = state.now() if live else state.ended or state.seen
         note = read_note(run.path) or Note(state.note)
         return {
             "name": run.name,
@@ -352,20 +384,22 @@ class Digest:
         }
 
     def _catch_up(self) -> None:
-        """Fold what the log tells since the last call; where that is much, or the log is shorter, its two ends anew."""
+        """Fold what the log tells since the last call; where that is much, or it is another log, its two ends anew."""
         try:
             with open_regular(self.run.events_path) as stream:
                 size = os.fstat(stream.fileno()).st_size
-                if self._offset and 0 <= size - self._offset <= self.tail_bytes:
+                same = self._offset and bytes_before(stream, self._offset) == self._known
+                if same and 0 <= size - self._offset <= self.tail_bytes:
                     stream.seek(self._offset)
                     new = stream.read(size - self._offset)
                 else:
                     self._state = RunState(name=self.run.name)
                     new = _ends(stream, size, self.tail_bytes)
+                whole = new.rfind(b"\n") + 1  # a line still being written waits for the next call
+                self._offset = size - len(new) + whole
+                self._known = bytes_before(stream, self._offset)
         except OSError:
             return
-        whole = new.rfind(b"\n") + 1  # a line still being written waits for the next call
-        self._offset = size - len(new) + whole
         for line in new[:whole].splitlines():
             if (event := parse_line(line)) is not None:
                 self._state.fold(event)
@@ -399,12 +433,6 @@ def _event_at(log: mmap.mmap, at: int) -> dict[str, Any] | None:
     return parse_line(log[log.rfind(b"\n", 0, at) + 1 : log.find(b"\n", at)])
 
 
-def _modified(path: Path) -> float | None:
-    with contextlib.suppress(OSError):
-        return path.stat().st_mtime
-    return None
-
-
 def head_and_tail(path: Path, tail_bytes: int) -> Iterator[dict[str, Any]]:
     """Events of the log's head and tail; the middle of a long log is passed over."""
     try:
@@ -419,6 +447,7 @@ def head_and_tail(path: Path, tail_bytes: int) -> Iterator[dict[str, Any]]:
 
 def _ends(stream: IO[bytes], size: int, tail_bytes: int) -> bytes:
     """The head and the tail of a log of `size` bytes, cut at the ends of lines; all of a short one."""
+    stream.seek(0)
     if size <= tail_bytes + HEAD_BYTES:
         return stream.read(size)
     head = stream.read(HEAD_BYTES)

@@ -376,11 +376,13 @@ def show_run(out: Console, run: Run) -> None:
     say(f"{what}, {duration(head['duration_s'])}, in {run.path}")
     if state.note:
         say(f"note: {state.note}")
-    ended = None if head["status"] in ("running", "stopping") else run.events_path.stat().st_mtime
+    live = head["status"] in ("running", "stopping")
+    now = state.now() if live else state.seen
     for stage in state.stages:
-        if stage.state == "running" and ended:
-            stage.state, stage.ended = "crashed", ended
-        taken = duration((stage.ended or time.time()) - stage.started) if stage.started else "–"
+        if stage.state == "running" and not live:
+            stage.state, stage.ended = "crashed", now
+        until = stage.ended or now
+        taken = duration(until - stage.started) if stage.started and until else "–"
         say(f"  {GLYPHS.get(stage.state, '?')} {stage.name:<9} {stage.state:<8} {taken:>12}   "
             f"{metrics_line(stage) if stage.series.get('loss') else stage.detail}")  # fmt: skip
         totals = stage.totals

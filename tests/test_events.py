@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.events import EventLog, EventTail, RunState, StageState, parse_line, state_of
+from core.event_log import EventLog
+from core.events import EventTail, RunState, StageState, parse_line, state_of
 
 
 @pytest.fixture
@@ -111,7 +112,7 @@ def test_a_full_disk_is_an_error() -> None:
 WRITER = """
 import sys
 from pathlib import Path
-from core.events import EventLog
+from core.event_log import EventLog
 log = EventLog(Path(sys.argv[1]))
 sys.stdin.readline()
 for number in range(1000):

@@ -1,6 +1,7 @@
 """Runs followed by the app: snapshots, the history, the log's tail, and curves thinned."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,25 @@ def test_the_history_reads_of_a_living_run_what_is_new(folder: Path, monkeypatch
     finally:
         os.close(lock)
     assert history.read()[0]["status"] == "done"
+
+
+def test_a_run_that_was_deleted_and_made_anew_under_its_name_is_told_as_it_is_now(folder: Path) -> None:
+    run = recorded(folder, "done")
+    run.events.append("run_start")
+    lock, history, follower = take_lock(run), History(folder), Follower(run)
+    assert history.read()[0]["status"] == "running" and follower.read()
+    os.close(lock)
+    shutil.rmtree(run.path)
+    run = recorded(folder, "nan", name="done")
+    with run.events_path.open("a") as log:  # longer than the one before
+        log.writelines('{"t":5,"kind":"notice","text":"%s"}\n' % ("x" * 900) for _ in range(60))
+    lock = take_lock(run)
+    row, fresh, shown = history.read()[0], History(folder).read()[0], follower.read()
+    os.close(lock)
+    assert row | {"duration_s": 0} == fresh | {"duration_s": 0}
+    whole = run.state()
+    assert shown and [stage.step for stage in shown.state.stages] == [stage.step for stage in whole.stages]
+    assert shown.state.started == whole.started
 
 
 def test_a_log_is_followed_line_by_line(tmp_path: Path) -> None:

@@ -16,7 +16,17 @@ from conftest import MakeNamed
 from core import runs
 from core.errors import FinetuiError
 from core.paths import TORN, remove_torn, writing_whole
-from core.runs import Run, delete_run, is_alive, process_lives, request_stop, status, take_lock, write_holder
+from core.runs import (
+    Run,
+    delete_run,
+    is_alive,
+    process_lives,
+    request_stop,
+    started_at,
+    status,
+    take_lock,
+    write_holder,
+)
 
 HOLD = """
 import sys
@@ -145,16 +155,25 @@ def test_viewers_neither_hinder_a_start_nor_take_each_other_for_the_runner(named
 
 
 def test_a_process_id_that_was_given_again_is_another_process() -> None:
-    me = psutil.Process()
-    assert process_lives(me.pid, me.create_time())
-    assert not process_lives(me.pid, me.create_time() - 60)
-    assert not process_lives(me.pid, None) and not process_lives(None, 1.0)
+    me = os.getpid()
+    assert process_lives(me, started_at(me))
+    assert not process_lives(me, started_at(me) - 60)
+    assert not process_lives(me, None) and not process_lives(None, 1.0)
     child = subprocess.Popen([sys.executable, "-c", ""])
-    started = psutil.Process(child.pid).create_time()
+    started = started_at(child.pid)
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
     assert not process_lives(child.pid, started), "a zombie does not live"
     child.wait()
     assert not process_lives(child.pid, started)
+
+
+@pytest.mark.skipif(not psutil.LINUX, reason="only there the machine's start is reckoned from its clock")
+def test_a_process_is_the_same_one_after_the_clock_was_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    me, before, boot = os.getpid(), psutil.Process().create_time(), psutil.boot_time()
+    started = started_at(me)
+    monkeypatch.setattr("psutil._pslinux.boot_time", lambda: boot - 3600)
+    assert psutil.Process().create_time() == pytest.approx(before - 3600), "so psutil tells it another time"
+    assert process_lives(me, started)
 
 
 def test_without_flock_process_id_and_start_time_decide(named: MakeNamed, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,8 +22,9 @@ from core.artefacts import stage_done
 from core.checkpoints import MANIFEST, complete_checkpoints, is_complete, write_manifest
 from core.errors import FinetuiError
 from core.paths import runs_dir, writing_whole
-from core.runs import Digest, Run, create_run, find_run, list_runs, summary
+from core.runs import Digest, Run, create_run, find_run, list_runs, summary, take_lock
 from core.watch import line_of, runs_table, show_run
+from tui.follow import Follower
 
 # --- making ---
 
@@ -281,6 +282,69 @@ def test_a_digest_that_is_kept_up_tells_what_one_read_anew_tells(named: MakeName
         assert told["duration_s"] == pytest.approx(summary(run)["duration_s"], abs=1)
     run.events_path.write_bytes(created)
     assert digest.read() | {"duration_s": 0} == summary(run) | {"duration_s": 0}, "a log that was cut is read anew"
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_digest_of_a_log_that_others_cut_and_replace_between_two_looks_is_that_of_the_log_as_it_is(
+    named: MakeNamed, seed: int
+) -> None:
+    run, other, chance = named("one", note="first"), named("another", note="second"), random.Random(seed)
+    long_log(run, 12)
+    long_log(other, 20)
+    other.events.append("run_end", status="failed")
+    logs = [run.events_path.read_bytes(), other.events_path.read_bytes()]
+    digest, follower, content, shown = Digest(run), Follower(run), logs[0], None
+    for _ in range(40):
+        lines = content.splitlines(keepends=True)
+        end = b'{"t":5,"kind":"run_end","status":"%d"}\n' % chance.getrandbits(600)
+        ways = {
+            "grows": content + chance.choice(logs[0].splitlines(keepends=True)[1:]),
+            "is cut": content[: chance.randrange(len(content))],
+            "is cut and grows": b"".join([*lines[:-3], end]),
+            "is another": chance.choice(logs),
+        }
+        run.events_path.unlink()  # where inode numbers are given again, the new file has that of the old one
+        run.events_path.write_bytes(content := ways[chance.choice(list(ways))] or logs[0])
+        assert digest.read() == summary(run)
+        shown, state = follower.read() or shown, run.state()
+        assert shown and [stage.series for stage in shown.state.stages] == [stage.series for stage in state.stages]
+        assert (shown.state.note, shown.status) == (state.note, state.end_status or "crashed")
+
+
+def test_a_digest_passes_over_a_strangers_line_without_an_end_and_goes_on_behind_it(named: MakeNamed) -> None:
+    run = named()
+    long_log(run, 5)
+    digest = Digest(run, tail_bytes=4000)
+    digest.read()
+    for piece in (b'{"kind":"log","loss":[', b"9," * 50_000, b"9," * 1_000, b"9]}\n"):
+        with run.events_path.open("ab") as log:
+            log.write(piece)
+        assert digest.read()["status"] == "crashed"
+    run.events.append("log", stage="kto", step=6, loss=0.25)
+    run.events.append("run_end", status="done")
+    assert (digest.read()["loss"], digest.read()["status"]) == (0.25, "done")
+    assert len(pickle.dumps(digest._state)) < 20_000
+
+
+def test_a_digest_kept_through_what_is_done_to_a_run_after_its_end_tells_the_end_again(named: MakeNamed) -> None:
+    run = named()
+    long_log(run, 60)
+    run.events.append("run_end", status="done")
+    took = summary(run)["duration_s"]
+    digest = Digest(run, tail_bytes=2000)
+    digest.read()
+    lock = take_lock(run)
+    run.events.append("task_start", name="evaluate", of=["held-out"], pid=1)
+    run.events.append("stage_start", name="evaluate", index=2, base="")
+    for answer in range(1, 60):
+        run.events.append("step", stage="evaluate", step=answer)
+    for one in (digest, Digest(run, tail_bytes=2000)):
+        assert (one.read()["status"], one.read()["stage"], one.read()["step"]) == ("running", "evaluate", 59)
+    run.events.append("stage_end", name="evaluate", status="failed", exit="SIGKILL")
+    run.events.append("task_end", status="failed")
+    os.close(lock)
+    assert digest.read()["status"] == "done"
+    assert digest.read()["duration_s"] == took
 
 
 def test_a_digest_of_a_long_run_stays_small(named: MakeNamed) -> None:

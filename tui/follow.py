@@ -68,6 +68,7 @@ class Snapshot:
     state: RunState
     phase_started: float | None
     taken: float
+    """By the run's clock while it lives."""
     note: Note = Note()
     sensors: SensorLines = field(default_factory=dict)
     """By what is measured: (device, points over seconds since the start)."""
@@ -88,8 +89,7 @@ class Snapshot:
         """The moment up to which clocks run: now while the run lives, else its last sign of life."""
         if self.live:
             return self.taken
-        ends = [stage.ended or 0 for stage in self.state.stages]
-        return self.state.ended or max(ends, default=0) or self.phase_started or self.taken
+        return self.state.ended or self.state.seen or self.taken
 
     @property
     def took_s(self) -> float | None:
@@ -198,15 +198,18 @@ class Follower:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self._tail = EventTail(run.events_path)
-        self._state = RunState(name=run.name)
-        self._sensors, self._clock = Sensors(), Clock()
-        self._phase: tuple[str, str] = ("", "")
-        self._phase_started: float | None = None
+        self._tail, self._restarts = EventTail(run.events_path), 0
+        self._begin()
         self._shown: tuple[str, Any] = ("", None)
         self._copy: dict[str, Any] = {}
         self._disk: tuple[float, int | None] = (-DISK_EVERY_S, None)
         self._examined: tuple[tuple[str, int], PostMortem | None] = (("", -1), None)
+
+    def _begin(self) -> None:
+        self._state = RunState(name=self.run.name)
+        self._sensors, self._clock = Sensors(), Clock()
+        self._phase: tuple[str, str] = ("", "")
+        self._phase_started: float | None = None
 
     def read(self) -> Snapshot | None:
         """What the run is now, or None where nothing has happened since the last call and nothing lives."""
@@ -247,8 +250,9 @@ class Follower:
 
             self._examined = mark, examined(self.run, now)
         card = self._examined[1] if now in FAILED else None
+        taken = self._state.now() if now in LIVE else time.time()
         return Snapshot(
-            self.run, now, phase_started=self._phase_started, taken=time.time(), note=note, card=card,
+            self.run, now, phase_started=self._phase_started, taken=taken, note=note, card=card,
             disk_free=self._disk_free() if now in LIVE else None, **self._copy,
         )  # fmt: skip
 
@@ -269,8 +273,11 @@ class Follower:
 
     def _catch_up(self) -> bool:
         seen = False
-        while events := self._tail.read(BATCH_BYTES):
+        while (events := self._tail.read(BATCH_BYTES)) or self._tail.restarts != self._restarts:
             seen = True
+            if self._tail.restarts != self._restarts:
+                self._restarts = self._tail.restarts
+                self._begin()
             for event in events:
                 tamed(event)
                 self._fold(event)
@@ -288,6 +295,7 @@ class Follower:
             del self._state.gpu[:-1]
         elif kind == "run_start":
             self._sensors.restart(event["t"])
+            self._phase, self._phase_started = ("", ""), None
         elif kind == "stage_start":
             self._clock.fold(event)
             self._phase, self._phase_started = (str(event.get("name")), "start"), event["t"]

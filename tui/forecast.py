@@ -256,7 +256,7 @@ def duration_words(plan: Plan, counts: Counts, runs: list[tuple[Run, Plan]]) -> 
         else:
             scored = state.stage("evaluate")
             if plan.evaluate.enabled and scored.started and scored.ended:
-                total += scored.ended - scored.started
+                total += max(0.0, scored.ended - scored.started)
             total += sum(export_seconds(plan).values())
             return f"roughly {duration(total)}, going by {run.name} ({', '.join(rates)})"
     return ""

@@ -95,7 +95,7 @@ def left_words(stage: StageState, snapshot: Snapshot) -> str:
     foretold = [_expected_s(other, stage) for other in ahead]
     known = None not in foretold
     rest = stage.eta_s + sum(seconds or 0.0 for seconds in foretold if known)
-    over = time.localtime(snapshot.taken + rest)
+    over = time.localtime(time.time() + rest)
     form = "%H:%M" if rest < 20 * 3600 else "%a %H:%M"
     what = "next stage" if not known else "everything done" if ahead else "done"
     return f"  {duration(stage.eta_s)} left, {what} at {time.strftime(form, over)}"

@@ -11,7 +11,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from core.events import EventLog, EventTail, RunState
+from core.event_log import EventLog
+from core.events import EventTail, RunState
 
 REPEATS = 7
 

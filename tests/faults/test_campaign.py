@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 from campaign import Campaign, table
+from clock_jumps import COMPILER
+from clock_jumps import campaign as jumps
+from clock_jumps import table as clock_table
 from harness import Place
 
 CAMPAIGN = Path(__file__).with_name("campaign.py")
@@ -27,3 +30,14 @@ def test_the_long_campaign_breaks_no_promise() -> None:
              "--stop-seconds", "60"]  # fmt: skip
     done = subprocess.run(words, capture_output=True, text=True, timeout=7200, check=False)
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(COMPILER is None, reason="needs Linux and a C compiler")
+def test_a_clock_that_jumps_under_real_runs_changes_nothing_that_is_told(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FINETUI_CACHE", str(tmp_path / "cache"))
+    with Place(tmp_path, tiny_model) as place:
+        trials = jumps(place)
+    assert [trial for trial in trials if trial.wrong] == [], clock_table(trials)

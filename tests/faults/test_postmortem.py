@@ -16,10 +16,10 @@ from textual.pilot import Pilot
 
 from core import remedy, runner
 from core.checkpoints import write_manifest
+from core.clock import boot_id
 from core.config import load_plan
 from core.errors import FinetuiError
 from core.events import RunState
-from core.machine_use import boot_id
 from core.postmortem import examined, post_mortem
 from core.remedy import sources_in
 from core.runs import Run

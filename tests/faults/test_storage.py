@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 from core import runner
 from core.checkpoints import MANIFEST, damage, is_complete, sound_checkpoint, write_manifest
 from core.cli import main
+from core.clock import boot_id
 from core.errors import FinetuiError
 from core.events import EventTail
-from core.machine_use import boot_id, changed_software, code, versions
+from core.machine_use import changed_software, code, versions
 from core.plan import KTOPlan, SFTPlan
 from core.postmortem import post_mortem
 from core.reporter import Reporter
