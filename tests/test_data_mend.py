@@ -215,8 +215,9 @@ def test_show_prints_a_row_as_the_model_sees_it(said: Callable[..., str], file: 
 
 
 def test_a_line_without_a_row_is_refused_by_show(refused: Refused, file: WriteFile, tiny_model: Path) -> None:
+    path = file([good("a")] * 2)
     for line in (0, 3):
-        said = refused("data", "show", file([good("a")] * 2), "--method", "sft", "--line", line, "--model-name", tiny_model)
+        said = refused("data", "show", path, "--method", "sft", "--line", line, "--model-name", tiny_model)
         assert f"has no row at line {line}." in said and "--line " in said
 
 
