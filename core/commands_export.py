@@ -52,13 +52,18 @@ def _make(arguments: argparse.Namespace, changes: dict[str, Any], *, ask: bool =
         if getattr(arguments, key) is not None:
             changes[key] = getattr(arguments, key)
     plan = checked_request(run, changes)
-    if not is_alive(run):
+    if not walks(run):
         _nothing_else(run.plan(), plan, changes)
     lines = check_export(run, plan)
     if ask and not arguments.yes and not _agreed(lines, plan):
         print("Nothing was uploaded.")
         return 0
     return _start(run, plan, arguments, [] if ask and not arguments.yes else lines)
+
+
+def walks(run: Run) -> bool:
+    """Whether the run's stages are under way. One that has ended may be alive all the same: it is being evaluated."""
+    return is_alive(run) and not run.state().task
 
 
 def _nothing_else(before: Plan, plan: Plan, changes: dict[str, Any]) -> None:
@@ -100,6 +105,9 @@ def _start(run: Run, plan: Plan, arguments: argparse.Namespace, lines: list[str]
     if code == 0 and not arguments.json:
         for line in result_lines(run, plan):
             out.print(clean(line, 400), markup=False, highlight=False)
+        if left := [stage for stage in plan.export.stages if not stage_done(run, stage)]:
+            words = f"Not made yet: {', '.join(left)}. `finetui resume {run.name}` makes it."
+            out.print(clean(words, 400), markup=False, highlight=False)
     return code
 
 
@@ -123,7 +131,8 @@ def check_export(run: Run, plan: Plan) -> list[str]:
 
     Raises FinetuiError: no such checkpoint, no base, no GPU for 4 bit, no tools, no room, no right to upload.
     """
-    if not is_alive(run):
+    under_way = walks(run)
+    if not under_way:
         chosen(run, plan.export)
         unfinished = [stage for stage in plan.training_stages if not run.trained(stage)]
         if unfinished:
@@ -131,9 +140,9 @@ def check_export(run: Run, plan: Plan) -> list[str]:
                 f"{run.name} has not finished its training ({unfinished[0]}).", f"Resume it: finetui resume {run.name}."
             )
     lines = check_wishes(plan, run)
-    done = [stage for stage in plan.export.stages if not is_alive(run) and made(run, stage, plan.export)]
+    done = [stage for stage in plan.export.stages if not under_way and made(run, stage, plan.export)]
     ahead = [stage for stage in plan.export.stages if stage not in done]
-    of = f" of {chosen(run, plan.export).name}" if not is_alive(run) else ""
+    of = f" of {chosen(run, plan.export).name}" if not under_way else ""
     return [f"{run.name}{of}: {', then '.join(ahead) or 'all of that is made already'}", *lines]
 
 

@@ -241,6 +241,9 @@ def resolve(
             lay({whole: {**(values.get(whole) or {}), key: value}}, source)
         else:
             lay({path: value}, source)
+    prompt, longest = (values.get(path, OPTIONS[path].default) for path in ("kto.max_prompt_length", "kto.max_length"))
+    if wanted("kto.max_prompt_length") is None and _longer(prompt, longest):
+        lay({"kto.max_prompt_length": longest}, "kto.max_length")
     flags = {path: value for path, (value, _) in settings.items()}
     for path, off in other_sources([flags, from_file]).items():
         if values.get(path):
@@ -249,6 +252,14 @@ def resolve(
     for path in [path for path in values if path.split(".")[0] in set(TRAINING_STAGES) - set(stages)]:
         del values[path], sources[path]
     return Resolved(check(values, sources), sources)
+
+
+def _longer(one: Any, other: Any) -> bool:
+    """Whether a length is larger than another, as far as they are lengths: what is none is refused later."""
+    try:
+        return int(one) > int(other) > 0
+    except (TypeError, ValueError):
+        return False
 
 
 def other_sources(layers: list[dict[str, Any]]) -> dict[str, Any]:

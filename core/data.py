@@ -22,7 +22,7 @@ ROW_HELP = (
 )
 REPAIR = "finetui data clean FILE OUT writes a copy in which it is mended."
 REMEDIES = (
-    ("broken JSON", REPAIR),
+    ("broken JSON", "finetui data clean FILE OUT mends what can be mended without guessing, and leaves out the rest."),
     ("not UTF-8", "Save the file as UTF-8; " + REPAIR),
     ("no conversation found", "Say which column is what: --column prompt=… --column completion=… (m in the wizard)."),
     ("no assistant turn", "Nothing could be learnt from it: add the answer, or let it go."),

@@ -13,6 +13,7 @@ JSON_TYPES: dict[str, tuple[type, ...]] = {
     "string": (str,), "integer": (int,), "number": (int, float), "boolean": (bool,), "array": (list,),
     "object": (dict,), "null": (type(None),),
 }  # fmt: skip
+NOT_JSON = "the arguments are not JSON"
 Call = tuple[str, Any]
 """The tool's name and its arguments; None where they are missing or no JSON object: servers take neither for a call."""
 
@@ -44,7 +45,7 @@ def call_problem(call: Call, schemas: dict[str, Any]) -> str:
     """What is wrong with a call, in a few words; empty where nothing is. Without schemas only the JSON is judged."""
     name, arguments = call
     if arguments is None:
-        return "the arguments are not JSON"
+        return NOT_JSON
     if not schemas:
         return ""
     if name not in schemas:

@@ -2,11 +2,13 @@
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Callable
 from typing import Any
 
 from core.console import print_json
+from core.data import remedy_of
 from core.data_headline import headline, number
 from core.data_ledger import FIELDS, LEDGER, Ledger, read_ledger, save_ledger, write_entries
 from core.data_look import Request
@@ -122,8 +124,6 @@ def _plan(arguments: argparse.Namespace, data: dict[str, Any]) -> Plan | None:
                         (f"{stage}.max_length", arguments.max_seq_length)):  # fmt: skip
         if value is not None:
             settings[path] = (value, "check")
-    if arguments.max_seq_length and stage == "kto":
-        settings["kto.max_prompt_length"] = (arguments.max_seq_length, "check")
     found = resolve(stage, None, settings, gpu_present=gpu_present()).plan
     make_paths_absolute(found)
     return found
@@ -188,7 +188,9 @@ def _print_report(found: dict[str, Any], arguments: argparse.Namespace) -> None:
     if not found["findings"]:
         say("✔ Nothing to mend was found.", "green")
     elif totals["left_out"]:
-        say(f"Every row with its fate: finetui check {arguments.file[0]} --method {arguments.method} --ledger OUT.csv")
+        columns = [word for pair in arguments.column or [] for word in ("--column", pair)]
+        again = ["finetui", "check", *map(str, arguments.file), "--method", arguments.method, *columns]
+        say(f"Every row with its fate: {shlex.join(again)} --ledger OUT.csv")
 
 
 def _print_content(content: dict[str, Any]) -> None:
@@ -301,6 +303,8 @@ def _told(arguments: argparse.Namespace, told: Told, where: str) -> None:
     say(f"{told.written:,} of {told.rows:,} rows written to {where}")
     for what, count in told.fates.most_common():
         say(f"  {count:,} × {what}")
+    if told.rows and not told.written and (reason := next(iter(told.fates), "")):
+        say(remedy_of(reason.removeprefix("left out: ")), "yellow")
 
 
 def show(arguments: argparse.Namespace) -> int:
@@ -314,14 +318,17 @@ def show(arguments: argparse.Namespace) -> int:
     plan = _plan(arguments, data)
     assert plan is not None
     asked = {"stage": arguments.method, "plan": plan.model_dump(mode="json")}
-    place: dict[str, Any] = {"line": [file, arguments.line]} if arguments.line else {"at": 0}
+    place: dict[str, Any] = {"at": 0} if arguments.line is None else {"line": [file, arguments.line]}
     found = ask_once({"do": "show", **place, "ids": arguments.ids or arguments.json, **asked})
+    if arguments.line is not None and found["line"] != arguments.line:
+        nearest = f"The nearest one that can be used: --line {found['line']}."
+        raise FinetuiError(f"{file} has no row at line {arguments.line:,}.", nearest)
     if arguments.json:
         print_json(found)
         return 0
     from core.data_show import show_row
 
-    show_row(console(), found, arguments.method, ids=arguments.ids)
+    show_row(console(), found, plan.model.name, ids=arguments.ids)
     return 0
 
 

@@ -1,13 +1,11 @@
 """Findings in what the rows say: answers, tool calls, texts, repetitions, system prompts, turns."""
 
+from collections import Counter
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from core import data_facts as facts
+from core.data_calls import NOT_JSON
 from core.data_finding import FEW, HEAVY, KNOW, MANY, MEND, MOST, SHOWN, Finding, Look, many, rows
-
-if TYPE_CHECKING:
-    pass
 
 # --- what the rows say ---
 
@@ -48,10 +46,21 @@ def _calls(look: Look) -> Iterator[Finding]:
     for flag, kind, words, remedy in CALL_FINDINGS:
         mask = look.flagged(flag) & (look.labels != 0)
         if count := int(mask.sum()):
-            problems = [word for source in look.ledger.sources for word, _ in source.survey.problems.most_common(3)]
-            detail = "; ".join(problems[:3]) if flag != facts.MADE_UP else ""
             text = f"{rows(count, 'hold')} {words}."
-            yield Finding(kind, MEND, count, text, remedy, look.places(mask), detail)
+            yield Finding(kind, MEND, count, text, remedy, look.places(mask), _call_detail(look, flag))
+
+
+def _call_detail(look: Look, flag: int) -> str:
+    """The tools whose calls are broken in a sentence, or the commonest ways in which calls do not fit."""
+    problems: Counter[str] = sum((source.survey.problems for source in look.ledger.sources), Counter())
+    common = [words for words, _ in problems.most_common()]
+    if flag == facts.WRONG_CALL:
+        return "; ".join([words for words in common if not words.endswith(NOT_JSON)][:3])
+    tools = [words.removesuffix(f": {NOT_JSON}") for words in common if words.endswith(f": {NOT_JSON}")]
+    if flag != facts.BROKEN_CALL or not tools:
+        return ""
+    more = f" and {len(tools) - 3} more tools" if len(tools) > 4 else ""
+    return f"In calls of {', '.join(tools[: 3 if more else 4])}{more}."
 
 
 def _texts(look: Look) -> Iterator[Finding]:

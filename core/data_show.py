@@ -1,6 +1,6 @@
 """A row as the model will see it, for a terminal without the app."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -9,15 +9,19 @@ from rich.text import Text
 from core.text import clean
 
 TRAINED, SPECIAL = "bold underline green", "magenta"
+OPEN, CLOSE = "⟦", "⟧"
+"""What stands around trained tokens where nothing can be underlined: in a pipe, a file, a dumb terminal."""
 
 
-def show_row(console: Console, found: Mapping[str, Any], method: str, *, ids: bool = False) -> None:
+def show_row(console: Console, found: Mapping[str, Any], model: str, *, ids: bool = False) -> None:
     """Print what the lens says of a row: where it stands, what was cut, its turns, its text, trained tokens marked."""
+    marked = console.color_system is None
     label = f", labelled {str(found['label']).lower()}" if found["label"] is not None else ""
     place = f"{found['file']}, line {found['line']:,}{label}"
     console.print(Text(clean(place, 400), "bold"))
-    kept = f"{found['tokens']:,} tokens, {found['trained']:,} of them trained (underlined)"
-    console.print(Text(f"{kept}; template: {clean(found['origin'], 80)}"))
+    how = f"in {OPEN}{CLOSE}" if marked else "underlined"
+    kept = f"{found['tokens']:,} tokens, {found['trained']:,} of them trained ({how})"
+    console.print(Text(f"{kept}; {clean(model, 200)}; template: {clean(found['origin'], 80)}"))
     if found["left_out"]:
         console.print(Text(f"! left out: {clean(found['left_out'], 300)}", "yellow"))
     if found["cut"]:
@@ -26,25 +30,32 @@ def show_row(console: Console, found: Mapping[str, Any], method: str, *, ids: bo
         trained = f", {turn['trained']:,} trained" if turn["trained"] else ""
         console.print(Text(f"  {turn['role']:<10} {turn['tokens']:>6,} tokens{trained}", "dim"))
     console.print()
-    console.print(ids_text(found) if ids else segments_text(found))
+    console.print(joined(_tokens(found) if ids else _segments(found), marked=marked))
     if partner := found.get("partner"):
         words = f"KL partner in the first epoch: line {partner['line']:,}, {partner['tokens']:,} tokens"
         console.print(Text(f"\n{words}", "bold"))
         console.print(Text(clean(partner["text"], 1000, newlines=True), "dim"))
 
 
-def segments_text(found: Mapping[str, Any]) -> Text:
-    """The text with its trained stretches underlined and its special tokens visible."""
-    text = Text()
+def _segments(found: Mapping[str, Any]) -> Iterable[tuple[str, str, bool, bool]]:
     for words, trained, special, _ in found["segments"]:
-        text.append(clean(words, 40_000, newlines=True), TRAINED if trained else SPECIAL if special else "")
-    return text
+        yield clean(words, 40_000, newlines=True), "", trained, special
 
 
-def ids_text(found: Mapping[str, Any]) -> Text:
-    """Every token with its id, one after the other."""
-    text = Text()
+def _tokens(found: Mapping[str, Any]) -> Iterable[tuple[str, str, bool, bool]]:
     for number, words, trained, special in found["pieces"]:
-        text.append(clean(words, 200), TRAINED if trained else SPECIAL if special else "")
-        text.append(f"·{number} ", "dim")
+        yield clean(words, 200), f"·{number} ", trained, special
+
+
+def joined(pieces: Iterable[tuple[str, str, bool, bool]], *, marked: bool = False) -> Text:
+    """(words, what stands behind them, trained, special) in one text, its trained stretches underlined, or `marked`."""
+    text, within = Text(), False
+    for words, behind, trained, special in pieces:
+        if marked and trained != within:
+            text.append(OPEN if trained else CLOSE)
+        within = trained
+        text.append(words, TRAINED if trained else SPECIAL if special else "")
+        text.append(behind, "dim")
+    if marked and within:
+        text.append(CLOSE)
     return text

@@ -176,10 +176,12 @@ def _of_split(plan: Plan, notify: Notify) -> HeldOut:
     fresh = {key: row for key, row in good.items() if key not in seen}
     notes = []
     if only_bad := len(bad.keys() - good.keys()):
-        notes.append(f"{only_bad} held-out prompts have only answers labelled false, and are not answered.")
+        have, are = ("prompts have", "are") if only_bad > 1 else ("prompt has", "is")
+        notes.append(f"{only_bad:,} held-out {have} only answers labelled false, and {are} not answered.")
     if again := len(good) - len(fresh):
+        what, were, are = ("prompts", "were", "are") if again > 1 else ("prompt", "was", "is")
         notes.append(
-            f"{again} prompts that {stage.upper()} holds out were trained on by another stage and are left out."
+            f"{again:,} {what} that {stage.upper()} holds out {were} trained on by another stage and {are} left out."
         )
     if not fresh:
         raise FinetuiError(

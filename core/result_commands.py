@@ -99,7 +99,10 @@ def compare(arguments: argparse.Namespace) -> int:
     folder = runs_dir(arguments.runs_dir)
     runs = list({run.name: run for run in (find_run(folder, name) for name in arguments.runs)}.values())
     if not 2 <= len(runs) <= MOST_COMPARED:
-        raise FinetuiError(f"{len(runs)} runs cannot be compared.", f"Name two to {MOST_COMPARED} different ones.")
+        raise FinetuiError(
+            f"{len(runs)} runs cannot be compared." if len(runs) > 1 else f"There is only {runs[0].name} to compare.",
+            f"Name 2 to {MOST_COMPARED} different runs; `finetui runs` lists them.",
+        )
     sides = sides_of(runs)
     unlike = differences([side.settings for side in sides])
     if arguments.json:

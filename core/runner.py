@@ -245,12 +245,19 @@ class Runner:
         return any(stage not in EXPORT_STAGES and not stage_done(self.run, stage) for stage in self.plan.stages)
 
     def _do_task(self) -> int:
-        """Do one thing to a run that has ended. Returns 0 done or stopped, 1 failed."""
+        """Do one thing to a run that has ended, then what was asked of its result meanwhile. Returns as `walk`."""
         name, *rest = self.task
         start_clock(self.run)
         self.run.events.append("task_start", name=name, of=rest, **self._started_with())
+        before = self.plan.export
         outcome = self._take_turn() or self._stage(len(self.plan.stages), name, "", rest)
-        return self._end(outcome, "task_end")
+        code = self._end(outcome, "task_end")
+        self._look_for_wishes()
+        trained = all(stage_done(self.run, stage) for stage in self.plan.training_stages)
+        if outcome in ("stopped", "aborted") or not trained or self.plan.export == before:
+            return code
+        self.task = ()
+        return max(code, self.walk())
 
     def _take_turn(self) -> str:
         """Take the device, waiting for it where the plan says so; the status where the run was ended meanwhile."""
@@ -426,7 +433,7 @@ def main() -> int:
         advice = error.advice if isinstance(error, FinetuiError) else "See train.log."
         with contextlib.suppress(OSError):
             run.events.append("error", stage="", type=type(error).__name__, message=str(error), advice=advice)
-            run.events.append("task_end" if sys.argv[2:] else "run_end", status="failed")
+            run.events.append("task_end" if run.state().task else "run_end", status="failed")
         raise
     finally:
         if ready:

@@ -115,7 +115,7 @@ class Desk:
             source = model_source(plan.model, lambda text: None, fetch=False)
             missing = FinetuiError(
                 f"The tokenizer of {plan.model.name} is not on this machine yet.",
-                "It comes when the run starts, or with a dry run on the review page.",
+                "It comes when a run starts, or with a dry run: --dry-run, in the app d on the review page.",
             )
             if plan.model.name == DEMO_MODEL and not source.local:
                 raise missing

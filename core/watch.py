@@ -387,11 +387,11 @@ def show_run(out: Console, run: Run) -> None:
             f"{metrics_line(stage) if stage.series.get('loss') else stage.detail}")  # fmt: skip
         totals = stage.totals
         if totals.get("examples"):
-            rows, left_out = totals.get("rows"), totals.get("left_out", 0)
-            say(f"      {totals['examples']} examples of {rows} rows, {left_out} left out")
+            rows, left_out = totals.get("rows", 0), totals.get("left_out", 0)
+            say(f"      {totals['examples']:,} examples of {rows:,} rows, {left_out:,} left out")
             say(f"      {totals.get('tokens', 0):,} tokens, {totals.get('trained_tokens', 0):,} of them trained")
         for reason, count in list((totals.get("left_out_reasons") or {}).items())[:3]:
-            say(f"      left out: {count} × {reason}")
+            say(f"      left out: {count:,} × {reason}" if isinstance(count, int) else f"      left out: {reason}")
         if stage.output:
             say(f"      {run.path / stage.output}")
     notices = [f"{notice.get('text', '')} {notice.get('advice', '')}".strip() for notice in state.notices]

@@ -248,6 +248,12 @@ def test_kto_with_a_batch_of_one_row_is_refused_because_rows_need_a_partner() ->
     assert "flag kto__batch_size" in error.message
 
 
+@pytest.mark.parametrize("base", [{"model__size": "7b"}, {"model__size": "135m"}, {"model__name": "some/model"}])
+def test_a_shorter_row_brings_the_longest_prompt_down_with_it(base: dict[str, Any]) -> None:
+    found = resolved("kto", kto__max_length="512", **base)
+    assert (found.plan.kto.max_prompt_length, found.sources["kto.max_prompt_length"]) == (512, "kto.max_length")
+
+
 def test_a_prompt_may_not_be_allowed_to_fill_the_whole_row() -> None:
     assert (
         "no room would be left for an answer" in refused("kto", kto__max_length=512, kto__max_prompt_length=600).message

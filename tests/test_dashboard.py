@@ -3,6 +3,8 @@
 import base64
 import json
 import os
+import shlex
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,16 @@ from tui.charts import Chart, ChartGrid, Frame, Panel, View, over_time, panels, 
 from tui.dashboard import DashboardScreen
 from tui.dialogs import PathsScreen
 from tui.follow import GIB, Follower, Recording, Snapshot, recording
-from tui.report import alert_words, energy_words, next_words, notes_words, now_words, rsync_line
+from tui.report import (
+    alert_words,
+    energy_words,
+    final_model,
+    next_words,
+    notes_words,
+    now_words,
+    rsync_line,
+    shell_lines,
+)
 from tui.wizard import WizardScreen
 
 pytestmark = pytest.mark.usefixtures("own_cache_and_no_gpu", "folder_made")
@@ -188,7 +199,19 @@ def test_a_done_run_says_how_to_fetch_its_model(folder: Path) -> None:
     snapshot = Follower(recorded(folder, "done", "my runs [1]")).read()
     assert snapshot
     assert rsync_line(snapshot, "/a b/c") == "rsync -av 'vm:/a b/c' ."
-    assert "rsync -av 'vm:" in next_words(snapshot).plain and "k goes on" not in next_words(snapshot).plain
+    words = next_words(snapshot, 400).plain
+    assert f"\nrsync -av {shlex.quote(f'vm:{final_model(snapshot)}')} .\n" in words and "k goes on" not in words
+
+
+def test_a_long_command_is_shown_in_lines_that_a_shell_takes_for_one(folder: Path) -> None:
+    snapshot = Follower(recorded(folder, "done", "my runs [1]")).read()
+    assert snapshot
+    lines = next_words(snapshot, 40).plain.splitlines()
+    shown = lines[1 : next(at for at, line in enumerate(lines) if line.startswith("next "))]
+    script = "rsync() { printf '%s|' \"$@\"; }\n" + "\n".join(f"  {line}" for line in shown)
+    heard = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True).stdout
+    assert len(shown) > 1 and heard == f"-av|vm:{final_model(snapshot)}|.|"
+    assert shell_lines("rsync -av vm:/a .", 12) == ["rsync -av \\", "vm:/a ."]
 
 
 def test_notifications_hold_only_our_own_text() -> None:

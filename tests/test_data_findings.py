@@ -104,6 +104,14 @@ def test_each_defect_is_found_with_its_lines_and_a_remedy(
     assert not at or lines(entry) == at
 
 
+def test_broken_calls_are_told_once_with_their_tools(file: WriteFile) -> None:
+    broken = [good(f"x{n}", True, answer=f"tool_call: t{n % 6}\narguments: {{oops {n}") for n in range(15)]
+    wrong = [{"messages": [USER, ANSWER], "tools": [{"function": {"name": "other"}}]}]
+    entries = found(file(SOUND + broken + wrong))
+    assert one(entries, "broken calls").detail == "In calls of t0, t1, t2 and 3 more tools."
+    assert one(entries, "wrong calls").detail.endswith("'") and "JSON" not in one(entries, "wrong calls").detail
+
+
 def test_what_is_broken_is_counted_by_kind_and_named_in_detail(file: WriteFile) -> None:
     content = "".join(f"{json.dumps(row)}\n" for row in SOUND[:3]) + '{"a": \n{"a"\n{"x": 1}\n\xff\n'
     entries = [entry for entry in found(file(content.encode("latin-1"))) if entry.kind == "unusable"]

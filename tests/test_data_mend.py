@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shlex
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -207,8 +208,31 @@ def test_show_prints_a_row_as_the_model_sees_it(said: Callable[..., str], file: 
     path = file([good("a", True), {"messages": [USER, ANSWER, USER, ANSWER], "label": False}])
     shown = said("data", "show", path, "--method", "kto", "--line", "2", "--model-name", tiny_model)
     assert "line 2, labelled false" in shown and "<|im_start|>user" in shown and "KL partner" in shown
-    assert "assistant" in shown and "trained (underlined)" in shown
-    assert "·" in said("data", "show", path, "--method", "sft", "--model-name", tiny_model, "--ids")
+    marked = f"<|im_start|>assistant\n⟦{ANSWER['content']}<|im_end|>⟧\n"
+    assert "trained (in ⟦⟧)" in shown and str(tiny_model) in shown and shown.split("KL partner")[0].count(marked) == 1
+    ids = said("data", "show", path, "--method", "sft", "--model-name", tiny_model, "--ids")
+    assert "·" in ids and ids.count("⟦") == ids.count("⟧") == 2
+
+
+def test_a_line_without_a_row_is_refused_by_show(refused: Refused, file: WriteFile, tiny_model: Path) -> None:
+    path = file([good("a")] * 2)
+    for line in (0, 3):
+        said = refused("data", "show", path, "--method", "sft", "--line", line, "--model-name", tiny_model)
+        assert f"has no row at line {line}." in said and "--line " in said
+
+
+def test_a_copy_that_holds_nothing_says_what_to_do(said: Callable[..., str], file: WriteFile, tmp_path: Path) -> None:
+    shown = said("data", "clean", file([{"frage": "a", "antwort": "b"}] * 2), tmp_path / "out.jsonl")
+    assert "0 of 2 rows written" in shown and "--column prompt=…" in shown
+
+
+def test_check_ends_with_a_command_that_can_be_copied(said: Callable[..., str], tmp_path: Path) -> None:
+    path = tmp_path / "my rows.jsonl"
+    path.write_text('{"frage": "a", "antwort": "b"}\n{"frage": "c"}\n')
+    columns = ("--column", "prompt=frage", "--column", "completion=antwort")
+    command = said("check", path, "--method", "sft", *columns).splitlines()[-1].partition(": finetui ")[2]
+    said(*shlex.split(command.replace("OUT.csv", shlex.quote(str(tmp_path / "out.csv")))))
+    assert len((tmp_path / "out.csv").read_text().splitlines()) == 3
 
 
 def test_check_counts_tokens_where_a_model_is_named(

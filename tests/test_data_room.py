@@ -61,7 +61,7 @@ async def test_a_finding_leads_to_its_rows_and_back(
         assert "▸ " in text and "→ " in text
         while "▸ !  mend   1 row holds tool calls" not in body(app):
             await pilot.press("down")
-        assert "t: the arguments are not JSON" in body(app) and "line 33" in body(app)
+        assert "In calls of t." in body(app) and "line 33" in body(app)
         await pilot.press("enter")
         await until(pilot, lambda: room(app).here.row["line"] == 33)
         assert "oops" in body(app) and room(app).view == 0

@@ -4,12 +4,13 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import Finished, MakeRun, Refused, finish, wait_until
+from conftest import Finished, MakeRun, Refused, finish, good, wait_until
 from exports import save_adapter
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -108,6 +109,19 @@ def test_any_checkpoint_can_be_merged_and_an_unknown_one_is_refused(
     lineage = json.loads((merged(run) / "finetui.json").read_text())
     assert lineage["adapter"]["from"] == "sft/checkpoint-4" and lineage["stages"][0]["steps"] == 4
     assert (merged(run) / "tokenizer.json").is_file(), "a checkpoint has none of its own"
+
+
+def test_what_is_asked_for_during_an_evaluation_is_made_after_it_and_nothing_else(
+    finished: Finished, rows_file: Callable[..., Path]
+) -> None:
+    run = finished()
+    ask_for(run, checked_request(run, {"upload": "me/earlier"}))
+    prompts = rows_file([good("Set a timer for 3 minutes")], "prompts.jsonl")
+    assert main(["eval", "one", "--file", str(prompts), "--detach"]) == 0
+    wait_until(lambda: run.state().task)
+    assert main(["merge", "one"]) == 0
+    assert made(run, "merge") and run.state().stage("evaluate").state == "done"
+    assert finish(run) == "done" and "upload" not in run.plan().stages
 
 
 def test_a_merge_that_is_killed_goes_on_and_leaves_nothing_behind(finished: Finished) -> None:

@@ -303,7 +303,7 @@ def test_the_command_prints_tables_or_json_and_writes_a_page(
 
 
 def test_one_run_alone_is_not_compared(refused: Refused, evaluated: Run, tmp_path: Path) -> None:
-    assert "1 runs cannot be compared" in refused("compare", "chain", "chai")
+    assert "There is only chain to compare." in refused("compare", "chain", "chai")
     assert "There is no run" in refused("compare", "chain", "none")
 
 

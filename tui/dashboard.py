@@ -207,7 +207,8 @@ class DashboardScreen(RunRoom):
             self._result = snapshot.state.result
             result.update(shown_result(self._result, max(20, self.size.width - 4)) or "")
         result.display = bool(self._result)
-        words = Content("\n").join(filter(None, [end_words(snapshot, self.size.width - 8), next_words(snapshot)]))
+        width = self.size.width - 8
+        words = Content("\n").join(filter(None, [say(snapshot, width) for say in (end_words, next_words)]))
         for name, said in (("#end", words), ("#alerts", alert_words(worrying))):
             place = self.query_one(name, Words)
             place.display = bool(said)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
+from rich.cells import cell_len
 from textual.content import Content
 
 from core.events import RunState, StageState
@@ -209,11 +210,13 @@ def made_words(state: RunState, where: str) -> list[Content]:
     return lines
 
 
-def next_words(snapshot: Snapshot) -> Content:
-    """After a good end: what to do with the model. Empty otherwise."""
+def next_words(snapshot: Snapshot, width: int) -> Content:
+    """After a good end, in `width` columns: what to do with the model. Empty otherwise."""
     if snapshot.status != "done" or not (folder := final_model(snapshot)):
         return Content("")
-    lines = [Content.assemble(("fetch  ", "$foreground-muted"), clean(rsync_line(snapshot, folder), 400))]
+    command = shell_lines(clean(rsync_line(snapshot, folder), 400), width)
+    lines = [Content.assemble(("fetch  ", "$foreground-muted"), "on another machine with this command (o copies it)")]
+    lines += [Content(line) for line in command]
     steps = "i tries the model, v evaluates, u merges or uploads, w reports, c copies its path, o shows every path"
     if can_go_on_with_kto(snapshot):
         steps = f"k goes on with KTO, {steps}"
@@ -241,6 +244,18 @@ def rsync_line(snapshot: Snapshot, folder: str) -> str:
     """The command that fetches `folder` to another machine."""
     host = str(snapshot.state.start.get("host") or socket.gethostname())
     return f"rsync -av {shlex.quote(f'{host}:{folder}')} ."
+
+
+def shell_lines(command: str, width: int) -> list[str]:
+    """A command in lines that are copied as one: a shell joins those that end in a backslash. Words stay whole."""
+    lines: list[str] = []
+    for word in shlex.split(command):
+        quoted = shlex.quote(word)
+        if lines and cell_len(f"{lines[-1]} {quoted}") <= width - 2:
+            lines[-1] += f" {quoted}"
+        else:
+            lines.append(quoted)
+    return [f"{line} \\" for line in lines[:-1]] + lines[-1:]
 
 
 def paths_of(snapshot: Snapshot) -> list[tuple[str, str]]:
