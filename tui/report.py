@@ -215,7 +215,7 @@ def next_words(snapshot: Snapshot, width: int) -> Content:
     if snapshot.status != "done" or not (folder := final_model(snapshot)):
         return Content("")
     command = shell_lines(clean(rsync_line(snapshot, folder), 400), width)
-    lines = [Content.assemble(("fetch  ", "$foreground-muted"), "on another machine with this command (o copies it)")]
+    lines = [Content.assemble(("fetch  ", "$foreground-muted"), "to another machine, with this (o lists it to copy)")]
     lines += [Content(line) for line in command]
     steps = "i tries the model, v evaluates, u merges or uploads, w reports, c copies its path, o shows every path"
     if can_go_on_with_kto(snapshot):
