@@ -276,7 +276,10 @@ def process_lives(pid: int | None, started: float | None) -> bool:
     if not pid or started is None:
         return False
     try:
-        return abs(started_at(pid) - started) < 0.05 and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        process = psutil.Process(pid)
+        of_day = started > 1e9  # as earlier versions wrote it
+        same = abs(process.create_time() - started) < 2 if of_day else abs(started_at(pid) - started) < 0.05
+        return same and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return False
 

@@ -158,6 +158,8 @@ def test_a_process_id_that_was_given_again_is_another_process() -> None:
     me = os.getpid()
     assert process_lives(me, started_at(me))
     assert not process_lives(me, started_at(me) - 60)
+    of_day = psutil.Process(me).create_time()  # told by runs that an earlier version started
+    assert process_lives(me, of_day) and not process_lives(me, of_day - 60)
     assert not process_lives(me, None) and not process_lives(None, 1.0)
     child = subprocess.Popen([sys.executable, "-c", ""])
     started = started_at(child.pid)
