@@ -4,7 +4,6 @@ import base64
 import json
 import os
 import shlex
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,8 @@ from tui.report import (
     next_words,
     notes_words,
     now_words,
+    paths_of,
     rsync_line,
-    shell_lines,
 )
 from tui.wizard import WizardScreen
 
@@ -199,19 +198,12 @@ def test_a_done_run_says_how_to_fetch_its_model(folder: Path) -> None:
     snapshot = Follower(recorded(folder, "done", "my runs [1]")).read()
     assert snapshot
     assert rsync_line(snapshot, "/a b/c") == "rsync -av 'vm:/a b/c' ."
+    command = f"rsync -av {shlex.quote(f'vm:{final_model(snapshot)}')} ."
     words = next_words(snapshot, 400).plain
-    assert f"\nrsync -av {shlex.quote(f'vm:{final_model(snapshot)}')} .\n" in words and "k goes on" not in words
-
-
-def test_a_long_command_is_shown_in_lines_that_a_shell_takes_for_one(folder: Path) -> None:
-    snapshot = Follower(recorded(folder, "done", "my runs [1]")).read()
-    assert snapshot
-    lines = next_words(snapshot, 40).plain.splitlines()
-    shown = lines[1 : next(at for at, line in enumerate(lines) if line.startswith("next "))]
-    script = "rsync() { printf '%s|' \"$@\"; }\n" + "\n".join(f"  {line}" for line in shown)
-    heard = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True).stdout
-    assert len(shown) > 1 and heard == f"-av|vm:{final_model(snapshot)}|.|"
-    assert shell_lines("rsync -av vm:/a .", 12) == ["rsync -av \\", "vm:/a ."]
+    assert words.startswith(f"fetch  {command}\n") and "k goes on" not in words
+    words = next_words(snapshot, len(command) + 6).plain
+    assert "rsync" not in words and "o lists the command" in words, "in pieces it could not be copied"
+    assert ("fetch", command) in paths_of(snapshot)
 
 
 def test_notifications_hold_only_our_own_text() -> None:

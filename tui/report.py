@@ -214,9 +214,10 @@ def next_words(snapshot: Snapshot, width: int) -> Content:
     """After a good end, in `width` columns: what to do with the model. Empty otherwise."""
     if snapshot.status != "done" or not (folder := final_model(snapshot)):
         return Content("")
-    command = shell_lines(clean(rsync_line(snapshot, folder), 400), width)
-    lines = [Content.assemble(("fetch  ", "$foreground-muted"), "to another machine, with this (o lists it to copy)")]
-    lines += [Content(line) for line in command]
+    command = clean(rsync_line(snapshot, folder), 400)
+    if cell_len(command) > width - len("fetch  "):  # in pieces it could not be copied
+        command = "to another machine: o lists the command, Enter on it copies it"
+    lines = [Content.assemble(("fetch  ", "$foreground-muted"), command)]
     steps = "i tries the model, v evaluates, u merges or uploads, w reports, c copies its path, o shows every path"
     if can_go_on_with_kto(snapshot):
         steps = f"k goes on with KTO, {steps}"
@@ -244,18 +245,6 @@ def rsync_line(snapshot: Snapshot, folder: str) -> str:
     """The command that fetches `folder` to another machine."""
     host = str(snapshot.state.start.get("host") or socket.gethostname())
     return f"rsync -av {shlex.quote(f'{host}:{folder}')} ."
-
-
-def shell_lines(command: str, width: int) -> list[str]:
-    """A command in lines that are copied as one: a shell joins those that end in a backslash. Words stay whole."""
-    lines: list[str] = []
-    for word in shlex.split(command):
-        quoted = shlex.quote(word)
-        if lines and cell_len(f"{lines[-1]} {quoted}") <= width - 2:
-            lines[-1] += f" {quoted}"
-        else:
-            lines.append(quoted)
-    return [f"{line} \\" for line in lines[:-1]] + lines[-1:]
 
 
 def paths_of(snapshot: Snapshot) -> list[tuple[str, str]]:
