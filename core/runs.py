@@ -143,9 +143,8 @@ def create_run(folder: Path, resolved: "Resolved") -> Run:
         ) from error
     run = Run(path)
     try:
-        newest = [other.plan_path.stat().st_mtime_ns for other in list_runs(folder)[:1]]
         save_plan(resolved, run.plan_path)
-        _later_than(newest, run.plan_path)
+        _stand_first(run, folder)
         remember_trust(path, plan)
         run.events.append(
             "created", v=1, name=run.name, method=plan.method, model=plan.model.size or plan.model.name,
@@ -159,10 +158,12 @@ def create_run(folder: Path, resolved: "Resolved") -> Run:
     return run
 
 
-def _later_than(newest: list[int], path: Path) -> None:
-    """Have the newest run stand first where the clock was set back since the one before: `last` means it."""
-    if newest and path.stat().st_mtime_ns <= newest[0]:
-        os.utime(path, ns=(newest[0] + 1_000_000,) * 2)
+def _stand_first(run: Run, folder: Path) -> None:
+    """Have a new run be the newest where the clock was set back since the one before: `last` means it."""
+    with contextlib.suppress(OSError):  # the other may be deleted at this moment
+        others = [other.plan_path.stat().st_mtime_ns for other in list_runs(folder)[:2] if other != run]
+        if others and run.plan_path.stat().st_mtime_ns <= others[0]:
+            os.utime(run.plan_path, ns=(others[0] + 1_000_000,) * 2)
 
 
 def _slug(name: str) -> str:

@@ -182,3 +182,9 @@ def test_the_run_made_last_is_the_last_one_after_the_clock_was_set_back(folder: 
     names = [create_run(folder, plan(name=name)).name for name in ("second", "third")]
     assert [run.name for run in list_runs(folder)] == [*reversed(names), "first"]
     assert find_run(folder, "last").name == "third"
+
+
+def test_a_run_is_made_while_another_is_deleted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    create_run(folder, plan(name="first"))
+    monkeypatch.setattr("core.runs.list_runs", lambda where: [Run(where / "gone"), *list_runs(where)])
+    assert create_run(folder, plan(name="second")).name == "second"
