@@ -171,7 +171,7 @@ class Cost:
 
 
 COSTS = {
-    ("unsloth", "sft"): Cost(18.1, 6.0, 2.4, (9.2, 6.2), 16.8, 3.7),
+    ("unsloth", "sft"): Cost(18.1, 6.0, 2.4, (9.2, 6.2), 14.6, 3.7),
     ("unsloth", "kto"): Cost(18.1, 11.6, 2.4, (15.2, 6.2), 16.8, 3.7, slack=0.09),
     ("trl", "sft"): Cost(24.5, 8.0, 3.2, (9.2, 6.2), 40.0, 14.0, 15.7, 4.5, slack=0.13),
     ("trl", "kto"): Cost(24.5, 12.0, 3.2, (15.2, 6.2), 40.0, 14.0, 21.5, 12.9, slack=0.13),
@@ -247,7 +247,9 @@ def estimate(
     chunk = round(2 * shape.vocabulary * min(tokens, _chunk_rows(shape)))
     logits = round(tokens * cost.logits * shape.vocabulary) or chunk
     carried = gradients if stage.gradient_accumulation_steps > 1 else 0
-    if open_layers == shape.layers:  # going back, what was kept shrinks faster than gradients grow
+    if open_layers:  # going back, gradients grow while what was kept shrinks: whichever moment takes more
+        gradients = max(carried or gradients // shape.layers, gradients - kept)
+    if open_layers == shape.layers:
         layer = passes = 0
         gradients = carried
     backward, loss = gradients + layer, carried + logits

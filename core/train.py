@@ -17,7 +17,9 @@ from typing import Any
 if __name__ == "__main__":
     gc.disable()  # nothing that is imported is garbage, and looking for some takes a fifth of the time
 if os.environ.get("FINETUI_BACKEND") == "unsloth":
-    import unsloth  # noqa: F401  (must come before trl and transformers: it replaces their trainers)
+    from core.train_attention import import_unsloth
+
+    import_unsloth()
 import torch
 from trl import KTOConfig, SFTConfig
 

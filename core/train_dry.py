@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 if os.environ.get("FINETUI_BACKEND") == "unsloth" and sys.argv[2:] == ["load"]:
-    import unsloth  # noqa: F401  (must come before transformers: it replaces parts of it)
+    from core.train_attention import import_unsloth
+
+    import_unsloth()
 
 from core.config import load_plan
 from core.errors import FinetuiError

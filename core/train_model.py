@@ -1,6 +1,7 @@
 """Load the model, with Unsloth or with transformers and PEFT, and put the adapter on."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,12 +69,15 @@ def _peft(plan: Plan, source: ModelSource) -> Any:
 
 
 def load_base(plan: Plan, source: ModelSource) -> Any:
-    """The bare model on its device; safetensors only."""
+    """The bare model on its device; safetensors only. With transformers, whatever it is trained with, except for what
+    Unsloth alone reads: gpt-oss in 4 bit, each expert a matrix of its own."""
+    if plan.backend == "unsloth" and plan.model.load_in_4bit and _config(source).model_type == "gpt_oss":
+        return _unsloth_base(plan, source)
     attention_for_many_lengths()
     cuda = plan.device == "cuda"
     arguments: dict[str, Any] = {
         "dtype": DTYPES[plan.model.dtype],
-        "attn_implementation": "sdpa" if plan.model.attention == "auto" else plan.model.attention,
+        "attn_implementation": None if plan.model.attention == "auto" else plan.model.attention,
         "use_safetensors": True,
         "trust_remote_code": plan.model.trust_remote_code,
         "token": hub_token(),
@@ -99,36 +103,56 @@ def load_base(plan: Plan, source: ModelSource) -> Any:
 
 def _quantised(source: ModelSource) -> bool:
     """Whether the stored weights are quantised already."""
-    config = AutoConfig.from_pretrained(source.base, token=hub_token())
-    return getattr(config, "quantization_config", None) is not None
+    return getattr(_config(source), "quantization_config", None) is not None
+
+
+def _config(source: ModelSource) -> Any:
+    return AutoConfig.from_pretrained(source.base, token=hub_token())
+
+
+def _unsloth_base(plan: Plan, source: ModelSource) -> Any:
+    from core.train_attention import import_unsloth
+
+    os.environ["UNSLOTH_RETURN_LOGITS"] = "1"  # else its models keep them to themselves
+    import_unsloth()
+    from unsloth import FastLanguageModel
+
+    longest = max(plan.stage(stage).max_length for stage in plan.training_stages)
+    model = _from_unsloth(plan, source, longest)
+    FastLanguageModel.for_inference(model)
+    return model
+
+
+def _from_unsloth(plan: Plan, source: ModelSource, max_length: int) -> Any:
+    from unsloth import FastLanguageModel
+
+    attention_for_many_lengths()
+    place: dict[str, Any] = {"token": hub_token(), "trust_remote_code": plan.model.trust_remote_code}
+    if plan.model.revision and not source.local:
+        place["revision"] = plan.model.revision
+    try:
+        return FastLanguageModel.from_pretrained(
+            source.base,
+            max_seq_length=max_length,
+            dtype=DTYPES[plan.model.dtype],
+            load_in_4bit=plan.model.load_in_4bit,
+            **place,
+        )[0]
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise unreadable(source, error) from error
 
 
 def _unsloth(plan: Plan, source: ModelSource, stage: StagePlan, open_layers: int) -> Any:
     from unsloth import FastLanguageModel
 
-    attention_for_many_lengths()
     checkpointing: dict[str, Any] = {"use_gradient_checkpointing": False}
     if stage.gradient_checkpointing == "on":
         checkpointing = {"use_gradient_checkpointing": "unsloth", "checkpoint_skip_layers": open_layers}
-    place: dict[str, Any] = {"token": hub_token(), "trust_remote_code": plan.model.trust_remote_code}
-    if plan.model.revision and not source.local:
-        place["revision"] = plan.model.revision
-    try:
-        model, _ = FastLanguageModel.from_pretrained(
-            source.base,
-            max_seq_length=stage.max_length,
-            dtype=DTYPES[plan.model.dtype],
-            load_in_4bit=plan.model.load_in_4bit,
-            **place,
-        )
-    except torch.cuda.OutOfMemoryError:
-        raise
-    except Exception as error:
-        raise unreadable(source, error) from error
+    model = _from_unsloth(plan, source, stage.max_length)
     shape = _adapter_shape(plan, source.adapter)
-    model = FastLanguageModel.get_peft_model(
-        model, random_state=plan.lora.seed, bias="none", **checkpointing, **shape
-    )
+    model = FastLanguageModel.get_peft_model(model, random_state=plan.lora.seed, bias="none", **checkpointing, **shape)
     if source.adapter:
         load_adapter_weights(model, source.adapter)
     return model

@@ -41,13 +41,17 @@ MEASURED = [
 
 
 # The largest batch of whole runs through the product (tests/bench/gpu_memory.py, H200, PyTorch held to 22 GiB): size,
-# stage, rank, rows at once, tokens, layers left open, GiB of the process.
+# stage, rank, rows at once, tokens, layers left open, GiB of the process. The last ones (tests/bench/gpu_speed.py) with
+# attention in one call a layer, the others with a call a row, which kept two bytes a token and head's value more.
 RUNS = [
     ("3b", "sft", 32, 24, 8232, 11, 10.07), ("3b", "kto", 32, 16, 24360, 2, 9.87),
     ("7b", "sft", 64, 24, 8057, 12, 17.69), ("7b", "kto", 64, 32, 49860, 0, 19.97),
     ("7b", "kto", 64, 4, 5404, 20, 20.30), ("13b", "sft", 64, 24, 8057, 7, 18.32),
     ("13b", "kto", 64, 16, 24930, 0, 18.40), ("7b", "sft", 128, 12, 5004, 0, 9.12),
-    ("20b", "sft", 32, 6, 9984, 0, 21.86),
+    ("20b", "sft", 32, 6, 9984, 0, 21.86), ("20b", "sft", 32, 4, 6656, 0, 20.28),
+    ("7b", "sft", 32, 24, 8264, 0, 7.12), ("7b", "sft", 32, 24, 8264, 14, 18.02), ("7b", "sft", 64, 24, 8264, 0, 7.90),
+    ("7b", "sft", 64, 24, 8264, 13, 17.90), ("7b", "sft", 32, 48, 15945, 7, 18.49),
+    ("7b", "kto", 64, 8, 11634, 0, 10.16),
 ]  # fmt: skip
 
 

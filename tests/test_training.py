@@ -214,7 +214,7 @@ def tiny_experts(tiny_model: Path, tmp_path: Path) -> Path:
 
 
 def test_the_balance_of_experts_is_not_in_the_loss(make_run: MakeRun, tiny_experts: Path) -> None:
-    settings = {"model__name": str(tiny_experts), "model__attention": "eager", "lora__target_modules": ["q_proj"]}
+    settings = {"model__name": str(tiny_experts), "lora__target_modules": ["q_proj"]}
     for name in ("sft", "kto"):
         stage = Stage(make_run(name, **settings), name)
         assert not stage.trainer.aux_loss_enabled  # with it Unsloth makes KTO's logits whole
@@ -224,7 +224,7 @@ def test_the_balance_of_experts_is_not_in_the_loss(make_run: MakeRun, tiny_exper
 
 
 def test_kto_of_a_model_with_experts_in_chunks_is_trls(make_run: MakeRun, tiny_experts: Path) -> None:
-    settings = {"model__name": str(tiny_experts), "model__attention": "eager", "lora__target_modules": ["q_proj"]}
+    settings = {"model__name": str(tiny_experts), "lora__target_modules": ["q_proj"]}
     stage = Stage(make_run("kto", kto__max_steps=3, **settings), "kto")
     stage.trainer.train()
     model, batch = stage.trainer.model, first_batch(stage)
