@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerBase,
+)  # fmt: skip
 
 from core.chat import Template
 from core.errors import FinetuiError
@@ -71,22 +77,19 @@ def _peft(plan: Plan, source: ModelSource) -> Any:
 def load_base(plan: Plan, source: ModelSource) -> Any:
     """The bare model on its device; safetensors only. With transformers, whatever it is trained with, except for what
     Unsloth alone reads: gpt-oss in 4 bit, each expert a matrix of its own."""
-    if plan.backend == "unsloth" and plan.model.load_in_4bit and _config(source).model_type == "gpt_oss":
+    try:
+        config = AutoConfig.from_pretrained(source.base, **_place(plan, source))
+    except Exception as error:
+        raise unreadable(source, error) from error
+    if plan.backend == "unsloth" and plan.model.load_in_4bit and config.model_type == "gpt_oss":
         return _unsloth_base(plan, source)
     attention_for_many_lengths()
-    cuda = plan.device == "cuda"
-    arguments: dict[str, Any] = {
-        "dtype": DTYPES[plan.model.dtype],
-        "attn_implementation": None if plan.model.attention == "auto" else plan.model.attention,
-        "use_safetensors": True,
-        "trust_remote_code": plan.model.trust_remote_code,
-        "token": hub_token(),
-    }
-    if not source.local:
-        arguments["revision"] = plan.model.revision
-    if cuda:
+    # set here, for what config.json says of it wins over an argument and may name code on the Hub (CVE-2026-4372)
+    config._attn_implementation = plan.model.attention if plan.model.attention != "auto" else _attention(config)
+    arguments = {**_place(plan, source), "config": config, "dtype": DTYPES[plan.model.dtype], "use_safetensors": True}
+    if plan.device == "cuda":
         arguments["device_map"] = {"": 0}
-    if plan.model.load_in_4bit and not _quantised(source):
+    if plan.model.load_in_4bit and getattr(config, "quantization_config", None) is None:
         arguments["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -101,13 +104,18 @@ def load_base(plan: Plan, source: ModelSource) -> Any:
         raise unreadable(source, error) from error
 
 
-def _quantised(source: ModelSource) -> bool:
-    """Whether the stored weights are quantised already."""
-    return getattr(_config(source), "quantization_config", None) is not None
+def _place(plan: Plan, source: ModelSource) -> dict[str, Any]:
+    """Where a model's files are read, and whether their code may run."""
+    place: dict[str, Any] = {"token": hub_token(), "trust_remote_code": plan.model.trust_remote_code}
+    if plan.model.revision and not source.local:
+        place["revision"] = plan.model.revision
+    return place
 
 
-def _config(source: ModelSource) -> Any:
-    return AutoConfig.from_pretrained(source.base, token=hub_token())
+def _attention(config: Any) -> str:
+    """PyTorch's own attention, or "eager" for the families that it cannot serve."""
+    family = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return "sdpa" if getattr(family, "_supports_sdpa", True) else "eager"
 
 
 def _unsloth_base(plan: Plan, source: ModelSource) -> Any:
@@ -127,16 +135,13 @@ def _from_unsloth(plan: Plan, source: ModelSource, max_length: int) -> Any:
     from unsloth import FastLanguageModel
 
     attention_for_many_lengths()
-    place: dict[str, Any] = {"token": hub_token(), "trust_remote_code": plan.model.trust_remote_code}
-    if plan.model.revision and not source.local:
-        place["revision"] = plan.model.revision
     try:
         return FastLanguageModel.from_pretrained(
             source.base,
             max_seq_length=max_length,
             dtype=DTYPES[plan.model.dtype],
             load_in_4bit=plan.model.load_in_4bit,
-            **place,
+            **_place(plan, source),
         )[0]
     except torch.cuda.OutOfMemoryError:
         raise

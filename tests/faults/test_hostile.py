@@ -217,6 +217,20 @@ def test_code_that_comes_with_a_model_is_not_run(tiny_model: Path, tmp_path: Pat
     assert not mark.exists()
 
 
+def test_a_models_configuration_chooses_no_code(tiny_model: Path, tmp_path: Path, make_run: MakeRun) -> None:
+    """The words by which CVE-2026-4372 and CVE-2026-5241 had code fetched and run."""
+    from core.train_model import load_base
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    words = dict.fromkeys(("_attn_implementation_internal", "_attn_implementation", "attn_implementation"), "evil/code")
+    config = json.loads((folder / "config.json").read_text()) | words | {"trust_remote_code": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    run = make_run("sft", model__name=str(folder))
+    model = load_base(run.plan(), model_source(run.plan().model, print))
+    assert model.config._attn_implementation == "sdpa"
+
+
 # --- a run folder from a stranger ---
 
 
