@@ -10,7 +10,7 @@ SHAPES = ("messages", "sharegpt", "prompt", "alpaca", "text")
 def add_check(commands: Any) -> None:
     """``finetui check FILE``"""
     command = commands.add_parser("check", help="what data files hold, what is wrong with them, what is left out")
-    command.add_argument("file", type=Path, metavar="FILE", nargs="+")
+    command.add_argument("file", type=Path, metavar="FILE", nargs="+", help="any data file that a run takes")
     _method(command)
     _columns(command)
     _model(command)
@@ -20,6 +20,7 @@ def add_check(commands: Any) -> None:
     command.add_argument("--eval-file", type=Path, metavar="FILE", help="look for its prompts among the rows")
     command.add_argument("--no-near", action="store_true", help="do not look for near duplicates")
     command.add_argument("--ledger", type=Path, metavar="OUT", help="write every row with its fate: .csv or .jsonl")
+    _force(command)
     command.add_argument("--json", action="store_true", help="JSON, with every row left out")
 
 
@@ -36,16 +37,18 @@ def add_data(commands: Any) -> None:
     split.add_argument("training", type=Path, metavar="TRAINING", nargs="?", help="default: IN-train.jsonl")
     split.add_argument("held_out", type=Path, metavar="HELD-OUT", nargs="?", help="default: IN-heldout.jsonl")
     split.add_argument("--share", type=float, default=0.1, help="share of the prompts held out (default 0.1)")
+    _seed(split)
     _copying(split)
     sample = kinds.add_parser("sample", help="some rows, drawn evenly")
     _in_and_out(sample)
     sample.add_argument("--rows", "-n", type=int, default=100, metavar="N", help="how many (default 100)")
+    _seed(sample)
     sample.add_argument("--balanced", action="store_true", help="as many good as bad ones")
     convert = kinds.add_parser("convert", help="another shape or kind of file, by OUT's ending")
     _in_and_out(convert)
     convert.add_argument("--to", choices=SHAPES, default="messages", help="shape of the rows (default messages)")
     show = kinds.add_parser("show", help="a row as the model will see it, its trained tokens marked")
-    show.add_argument("file", type=Path, metavar="FILE")
+    show.add_argument("file", type=Path, metavar="FILE", help="any data file that a run takes")
     _method(show)
     _columns(show)
     _model(show)
@@ -57,6 +60,7 @@ def add_data(commands: Any) -> None:
     ledger.add_argument("out", type=Path, metavar="OUT", nargs="?", help=".csv or .jsonl; without it: totals")
     ledger.add_argument("--stage", choices=("sft", "kto", "all"), default="all",
                         help="default: all, each row naming its stage where there are two")  # fmt: skip
+    _force(ledger)
     ledger.add_argument("--runs-dir", type=Path, metavar="DIR", help="folder of the runs")
     look = kinds.add_parser("look", help="configurations, splits and files of a Hub data set, and its first rows")
     look.add_argument("dataset", metavar="OWNER/NAME")
@@ -69,7 +73,7 @@ def add_data(commands: Any) -> None:
 
 
 def _method(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--method", choices=("sft", "kto"), required=True)
+    command.add_argument("--method", choices=("sft", "kto"), required=True, help="what the rows are to train")
 
 
 def _columns(command: argparse.ArgumentParser) -> None:
@@ -93,6 +97,13 @@ def _in_and_out(command: argparse.ArgumentParser) -> None:
 
 def _copying(command: argparse.ArgumentParser) -> None:
     _columns(command)
-    command.add_argument("--seed", type=int, default=42, metavar="N")
-    command.add_argument("--force", action="store_true", help="overwrite what is there (never IN)")
+    _force(command)
     command.add_argument("--json", action="store_true", help="JSON instead of text")
+
+
+def _force(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--force", action="store_true", help="overwrite what is there (never what is read)")
+
+
+def _seed(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--seed", type=int, default=42, metavar="N", help="another one draws other rows (default 42)")

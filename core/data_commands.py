@@ -59,7 +59,7 @@ def check(arguments: argparse.Namespace) -> int:
     if arguments.ledger:
         for file in arguments.file:
             if file.exists():
-                check_target(file, arguments.ledger, force=True)
+                check_target(file, arguments.ledger, force=arguments.force)
     plan = _plan(arguments, data)
     request = Request(
         arguments.method, data, near=not arguments.no_near, untuned=plan is not None and is_untuned(plan),
@@ -71,15 +71,21 @@ def check(arguments: argparse.Namespace) -> int:
     found = reports[-1]
     if found["problem"]:
         raise FinetuiError(found["problem"]["error"], found["problem"]["advice"])
+    uncounted = None
     if plan:
-        counted = found["tokens"] = _counted(arguments, plan)
-        found["findings"] = sorted([*counted["findings"], *found["findings"]], key=lambda entry: entry["weight"])
+        try:
+            counted = found["tokens"] = _counted(arguments, plan)
+            found["findings"] = sorted([*counted["findings"], *found["findings"]], key=lambda entry: entry["weight"])
+        except FinetuiError as error:
+            uncounted = error
     elif arguments.ledger:
         save_ledger(ledger, arguments.ledger)
     if arguments.json:
         print_json(_as_json(found, ledger))
     else:
         _print_report(found, arguments)
+    if uncounted:
+        raise FinetuiError(f"Tokens were not counted: {uncounted.message}", uncounted.advice) from uncounted
     return 0
 
 
@@ -341,6 +347,8 @@ def ledger(arguments: argparse.Namespace) -> int:
     stages = [name for name in wanted if (run.stage_path(name) / LEDGER).is_file()]
     if not stages:
         raise FinetuiError(f"{run.name} has no ledger.", "It is written when a stage has read its rows.")
+    for stage in stages if arguments.out else ():
+        check_target(run.stage_path(stage) / LEDGER, arguments.out, force=arguments.force)
     try:
         found = {stage: read_ledger(run.stage_path(stage) / LEDGER) for stage in stages}
         words = [line for stage, (head, _) in found.items() for line in _ledger_words(run.name, stage, head)]

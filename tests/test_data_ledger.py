@@ -218,6 +218,24 @@ def test_the_ledgers_of_all_stages_are_given_out_with_the_stage_beside_each_row(
     assert (tmp_path / "kto.csv").read_text().startswith("file,line,fate")
 
 
+def test_a_file_that_is_there_is_overwritten_by_a_ledger_only_where_that_is_asked_for(
+    make_run: MakeRun, file: WriteFile, said: Callable[..., str], refused: Any, tmp_path: Path
+) -> None:
+    run, path, mine = make_run("sft"), file(MIXED), tmp_path / "mine.csv"
+    run.stage_path("sft").mkdir()
+    Ledger.of([Source(survey(path))], "sft").save(run.stage_path("sft") / LEDGER)
+    mine.write_text("my own")
+    for words in (("data", "ledger", run.name, mine, "--runs-dir", run.path.parent),
+                  ("check", path, "--method", "sft", "--ledger", mine)):  # fmt: skip
+        assert "mine.csv exists already. Give another name, or --force." in " ".join(refused(*words).split())
+        assert mine.read_text() == "my own"
+        said(*words, "--force")
+        assert mine.read_text().startswith("file,line,fate")
+        mine.write_text("my own")
+    own = ("data", "ledger", run.name, run.stage_path("sft") / LEDGER, "--force", "--runs-dir", run.path.parent)
+    assert "is the file that is read" in refused(*own)
+
+
 def test_a_damaged_or_missing_ledger_is_one_sentence(make_run: MakeRun, refused: Any) -> None:
     run = make_run("sft")
     words = ("data", "ledger", run.name, "--runs-dir", run.path.parent)

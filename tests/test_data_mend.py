@@ -14,6 +14,7 @@ from conftest import ANSWER, SHARED_DATA, USER, Refused, WriteFile, good
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from core.cli import main
 from core.data import read_rows
 from core.data_files import Unreadable
 from core.data_repair import mended_arguments, mended_encoding, mended_line, mended_text_calls
@@ -241,3 +242,14 @@ def test_check_counts_tokens_where_a_model_is_named(
     path = file([good(f"{n} " * n) for n in range(1, 30)])
     shown = said("check", path, "--method", "sft", "--model-name", tiny_model, "--max-seq-length", "40")
     assert "tokens an epoch" in shown and "rows fit" in shown and "longer than 40 tokens and left out" in shown
+
+
+
+def test_a_check_without_the_tokenizer_says_what_it_found_all_the_same(
+    file: WriteFile, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = file([*[good(f"row {n}") for n in range(3)], {"messages": [USER]}])
+    assert main(["check", str(path), "--method", "sft", "--model-name", "nobody/nothing"]) == 2
+    out, err = capsys.readouterr()
+    assert "4 rows" in out and "no assistant turn" in out
+    assert err.startswith("finetui: Tokens were not counted: The tokenizer of nobody/nothing is not on this machine yet.")
