@@ -279,7 +279,9 @@ def _eval_command(command: argparse.ArgumentParser) -> None:
     for name in EVAL_FLAGS:
         option = known[name]
         shape: dict[str, Any] = {"choices": option.choices} if option.choices else {"type": option.kind, "metavar": "N"}
-        command.add_argument(f"--{name.replace('_', '-')}", help=_help([option]), **shape)
+        words = _help([option])
+        words += "" if "default" in words else " (default: as in the run's plan)"
+        command.add_argument(f"--{name.replace('_', '-')}", help=words, **shape)
     command.add_argument(
         "--fail-under", action="append", default=[], metavar="METRIC=SHARE",
         help="exit with 4 where the last model (or MODEL.METRIC) does not reach the share; may be repeated",
