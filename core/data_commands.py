@@ -57,7 +57,7 @@ def check(arguments: argparse.Namespace) -> int:
         "too_long": arguments.too_long,
     }  # fmt: skip
     if arguments.ledger:
-        for file in arguments.file:
+        for file in map(expanded, filter(None, [*arguments.file, arguments.eval_file])):
             if file.exists():
                 check_target(file, arguments.ledger, force=arguments.force)
     plan = _plan(arguments, data)
@@ -85,7 +85,8 @@ def check(arguments: argparse.Namespace) -> int:
     else:
         _print_report(found, arguments)
     if uncounted:
-        raise FinetuiError(f"Tokens were not counted: {uncounted.message}", uncounted.advice) from uncounted
+        unwritten = f", and {arguments.ledger} was not written" if arguments.ledger else ""
+        raise FinetuiError(f"Tokens were not counted{unwritten}: {uncounted.message}", uncounted.advice) from uncounted
     return 0
 
 

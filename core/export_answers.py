@@ -19,7 +19,7 @@ from core.errors import FinetuiError
 from core.plan import Plan
 from core.prepare import stage_ledger
 from core.sources import ModelSource, demo_files
-from core.train_model import load_base
+from core.train_model import load_base, only_unsloth_reads
 
 LONGEST_PROMPT = 1024
 ROWS_LOOKED_AT = 2000
@@ -107,7 +107,12 @@ def _rows(plan: Plan, notify: Callable[[str], None]) -> list[Conversation]:
 
 
 def trained_model(plan: Plan, source: ModelSource, adapter: Trained) -> Any:
-    """The base as it was trained on, in the plan's number format and bits, with the adapter on top."""
+    """The base as it was trained on, in the plan's number format and bits, with the adapter on top.
+
+    Raises FinetuiError for what Unsloth alone reads: it would change how the merged one is read after it.
+    """
+    if only_unsloth_reads(plan, source=source):
+        raise FinetuiError("gpt-oss in 4 bit cannot be asked beside its merged form.")
     model = PeftModel.from_pretrained(load_base(plan, source), str(adapter.folder))
     return model.eval()
 

@@ -187,6 +187,7 @@ def _write_rest(
         key: value
         for key, value in config.items()
         if key not in ("quantization_config", "torch_dtype", "_name_or_path")
+        and not key.endswith(("attn_implementation", "experts_implementation", "_implementation_internal"))
     }
     ours["dtype"] = str(dtype).removeprefix("torch.")
     if layout.untied:

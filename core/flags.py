@@ -261,6 +261,7 @@ def _of_run(command: argparse.ArgumentParser) -> None:
     command.add_argument("--runs-dir", type=Path, metavar="DIR", help="folder of the runs")
 
 
+PLANS_OWN = "(unless given: as in the run's plan)"
 EVAL_FLAGS = ("max_prompts", "max_new_tokens", "batch_size", "temperature", "loss")
 
 
@@ -272,16 +273,15 @@ def _eval_command(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--file", type=Path, metavar="FILE", help="prompts to answer (default: the run's held-out rows)"
     )
-    command.add_argument("--tools", type=Path, metavar="FILE", help=known["tools"].help)
+    command.add_argument("--tools", type=Path, metavar="FILE", help=f"{known['tools'].help} {PLANS_OWN}")
     command.add_argument(
-        "--ignore-argument", action="append", metavar="NAME", help="an argument that is not compared; may be repeated"
+        "--ignore-argument", action="append", metavar="NAME",
+        help=f"an argument that is not compared; may be repeated {PLANS_OWN}",
     )
     for name in EVAL_FLAGS:
         option = known[name]
         shape: dict[str, Any] = {"choices": option.choices} if option.choices else {"type": option.kind, "metavar": "N"}
-        words = _help([option])
-        words += "" if "default" in words else " (default: as in the run's plan)"
-        command.add_argument(f"--{name.replace('_', '-')}", help=words, **shape)
+        command.add_argument(f"--{name.replace('_', '-')}", help=f"{_help([option])} {PLANS_OWN}", **shape)
     command.add_argument(
         "--fail-under", action="append", default=[], metavar="METRIC=SHARE",
         help="exit with 4 where the last model (or MODEL.METRIC) does not reach the share; may be repeated",

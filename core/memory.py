@@ -251,7 +251,6 @@ def estimate(
         gradients = max(carried or gradients // shape.layers, gradients - kept)
     if open_layers == shape.layers:
         layer = passes = 0
-        gradients = carried
     backward, loss = gradients + layer, carried + logits
     evaluation = round(held * (cost.evaluation[0] * shape.hidden + cost.evaluation[1] * wide)) + unpacked
     evaluation = max(evaluation, round(held * cost.logits_evaluation * shape.vocabulary)) if held else 0

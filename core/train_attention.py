@@ -5,7 +5,8 @@ from typing import Any
 
 
 def import_unsloth() -> None:
-    """Import Unsloth, which replaces parts of transformers, PEFT and TRL: call it before those are imported."""
+    """Import Unsloth, which replaces parts of transformers, PEFT and TRL: to train, call it before those are imported;
+    to read a model alone it may come after them."""
     attention_with_shared_heads()
     import unsloth  # noqa: F401
 

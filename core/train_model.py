@@ -76,15 +76,13 @@ def _peft(plan: Plan, source: ModelSource) -> Any:
 
 def load_base(plan: Plan, source: ModelSource) -> Any:
     """The bare model on its device; safetensors only. With transformers, whatever it is trained with, except for what
-    Unsloth alone reads: gpt-oss in 4 bit, each expert a matrix of its own."""
-    try:
-        config = AutoConfig.from_pretrained(source.base, **_place(plan, source))
-    except Exception as error:
-        raise unreadable(source, error) from error
-    if plan.backend == "unsloth" and plan.model.load_in_4bit and config.model_type == "gpt_oss":
+    `only_unsloth_reads`."""
+    config = _config(plan, source)
+    if only_unsloth_reads(plan, config):
         return _unsloth_base(plan, source)
     attention_for_many_lengths()
-    # set here, for what config.json says of it wins over an argument and may name code on the Hub (CVE-2026-4372)
+    # set here, for what config.json says of them wins over an argument and may name kernels on the Hub (CVE-2026-4372)
+    config._experts_implementation = None
     config._attn_implementation = plan.model.attention if plan.model.attention != "auto" else _attention(config)
     arguments = {**_place(plan, source), "config": config, "dtype": DTYPES[plan.model.dtype], "use_safetensors": True}
     if plan.device == "cuda":
@@ -102,6 +100,30 @@ def load_base(plan: Plan, source: ModelSource) -> Any:
         raise
     except Exception as error:
         raise unreadable(source, error) from error
+
+
+def only_unsloth_reads(plan: Plan, config: Any = None, source: ModelSource | None = None) -> bool:
+    """Whether it is gpt-oss in 4 bit, each expert a matrix of its own: no class of transformers holds that."""
+    if plan.backend != "unsloth" or not plan.model.load_in_4bit:
+        return False
+    config = config or (_config(plan, source) if source else None)
+    return getattr(config, "model_type", "") == "gpt_oss"
+
+
+def _config(plan: Plan, source: ModelSource) -> Any:
+    """The model's configuration. Raises FinetuiError where it cannot be read, or names code on the Hub to be run."""
+    try:
+        config = AutoConfig.from_pretrained(source.base, **_place(plan, source))
+    except Exception as error:
+        raise unreadable(source, error) from error
+    named = [str(getattr(config, f"_{part}_implementation", None) or "") for part in ("attn", "experts")]
+    foreign = next((name for name in named if "/" in name), None)
+    if foreign and not plan.model.trust_remote_code:
+        raise FinetuiError(
+            f"The config.json of {source.base} asks for code from {foreign[:80]}.",
+            "If you trust its author: --set model.trust_remote_code=true.",
+        )
+    return config
 
 
 def _place(plan: Plan, source: ModelSource) -> dict[str, Any]:
@@ -134,6 +156,7 @@ def _unsloth_base(plan: Plan, source: ModelSource) -> Any:
 def _from_unsloth(plan: Plan, source: ModelSource, max_length: int) -> Any:
     from unsloth import FastLanguageModel
 
+    _config(plan, source)  # refused where it names foreign code
     attention_for_many_lengths()
     try:
         return FastLanguageModel.from_pretrained(

@@ -234,6 +234,8 @@ def test_a_file_that_is_there_is_overwritten_by_a_ledger_only_where_that_is_aske
         mine.write_text("my own")
     own = ("data", "ledger", run.name, run.stage_path("sft") / LEDGER, "--force", "--runs-dir", run.path.parent)
     assert "is the file that is read" in refused(*own)
+    for words in ((path, "--ledger", path), (path, "--eval-file", mine, "--ledger", mine)):
+        assert "is the file that is read" in refused("check", *words, "--method", "sft", "--force")
 
 
 def test_a_damaged_or_missing_ledger_is_one_sentence(make_run: MakeRun, refused: Any) -> None:

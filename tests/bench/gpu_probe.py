@@ -98,7 +98,9 @@ def probe(models: Path, name: str, limit: float, device: str | None) -> None:
     import tempfile
 
     if os.environ.get("FINETUI_BACKEND") == "unsloth":
-        import unsloth  # noqa: F401
+        from core.train_attention import import_unsloth
+
+        import_unsloth()
     import torch
     from transformers import TrainerCallback
 

@@ -223,12 +223,17 @@ def test_a_models_configuration_chooses_no_code(tiny_model: Path, tmp_path: Path
 
     folder = tmp_path / "model"
     shutil.copytree(tiny_model, folder)
-    words = dict.fromkeys(("_attn_implementation_internal", "_attn_implementation", "attn_implementation"), "evil/code")
-    config = json.loads((folder / "config.json").read_text()) | words | {"trust_remote_code": True}
-    (folder / "config.json").write_text(json.dumps(config))
+    plain = json.loads((folder / "config.json").read_text())
     run = make_run("sft", model__name=str(folder))
-    model = load_base(run.plan(), model_source(run.plan().model, print))
-    assert model.config._attn_implementation == "sdpa"
+    source = model_source(run.plan().model, print)
+    keys = ("_attn_implementation_internal", "_attn_implementation", "_experts_implementation", "trust_remote_code")
+    (folder / "config.json").write_text(json.dumps(plain | dict.fromkeys(keys, "evil/code")))
+    with pytest.raises(FinetuiError, match="asks for code from evil/code"):
+        load_base(run.plan(), source)
+    chosen = {"_attn_implementation": "eager", "_experts_implementation": "deepgemm"}
+    (folder / "config.json").write_text(json.dumps(plain | chosen))
+    config = load_base(run.plan(), source).config
+    assert config._attn_implementation == "sdpa" and config._experts_implementation != "deepgemm"
 
 
 # --- a run folder from a stranger ---
