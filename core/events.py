@@ -198,6 +198,10 @@ class RunState:
     waiting_for: tuple[str, str] | None = None
     """The device, and the run that trains there, while this one waits for its turn."""
 
+    def start_over(self) -> None:
+        """Forget all but the name: the log is another one, or is read from its beginning."""
+        self.__init__(name=self.name)  # type: ignore[misc]
+
     def stage(self, name: str) -> StageState:
         """The stage called `name`, made on first mention."""
         found = next((stage for stage in self.stages if stage.name == name), None)

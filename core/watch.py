@@ -23,6 +23,7 @@ from core.stages import EXPORT_STAGES
 from core.text import clean, duration, number
 
 POLL_S = 0.5
+STARTED_OVER = "The event log was replaced or cut; it is told from its beginning."
 GLYPHS = {
     "running": "●", "stopping": "◐", "done": "✔", "failed": "✘", "stopped": "■", "aborted": "■", "crashed": "✘",
     "waiting": "○",
@@ -103,7 +104,12 @@ def hung_up() -> bool:
 
 
 def _catch_up(tail: EventTail, state: RunState, view: "_View") -> None:
-    while events := tail.read():
+    restarts = tail.restarts
+    while (events := tail.read()) or tail.restarts != restarts:
+        if tail.restarts != restarts:
+            restarts = tail.restarts
+            state.start_over()
+            view.start_over({"t": time.time(), "kind": "notice", "level": "warning", "text": STARTED_OVER}, state)
         for event in events:
             state.fold(event)
             view.show(event, state)
@@ -140,6 +146,10 @@ class _View:
 
     def show(self, event: Event, state: RunState) -> None:
         pass
+
+    def start_over(self, notice: Event, state: RunState) -> None:
+        """The log is another one: what follows is told from its beginning."""
+        self.show(notice, state)
 
     def tick(self, state: RunState) -> None:
         pass
@@ -255,6 +265,12 @@ class _Bar(_View):
             self.last = line
             style = "red" if event["kind"] == "error" else "yellow" if event.get("level") == "warning" else "dim"
             self.progress.console.print(Text(line, style=style), highlight=False)
+
+    def start_over(self, notice: Event, state: RunState) -> None:
+        for task in self.tasks.values():
+            self.progress.remove_task(task)
+        self.tasks = {}
+        super().start_over(notice, state)
 
     def tick(self, state: RunState) -> None:
         for stage in state.stages:
