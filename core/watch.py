@@ -346,11 +346,21 @@ def shown_result(result: Event, width: int = 80) -> Table | None:
 
 def show_end(out: Console, run: Run, state: RunState, end: str) -> None:
     """How a run ended, what it produced, and the next step."""
+    show_status(out, run, end)
+    show_outcome(out, run, state, end)
+
+
+def show_status(out: Console, run: Run, end: str) -> None:
+    """The line that names a run and says what has become of it."""
+    out.print(Text(clean(f"{GLYPHS.get(end, '?')} {run.name}: {end}"), style=STYLES.get(end, "bold")), highlight=False)
+
+
+def show_outcome(out: Console, run: Run, state: RunState, end: str) -> None:
+    """What a run produced, what became of it, and the next step."""
 
     def say(text: str, style: str = "") -> None:
         out.print(Text(clean(text, newlines=False), style=style), highlight=False)
 
-    say(f"{GLYPHS.get(end, '?')} {run.name}: {end}", STYLES.get(end, "bold"))
     if (table := shown_result(state.result, out.width)) is not None:
         out.print(table)
     for stage in state.stages:
@@ -387,7 +397,7 @@ def show_run(out: Console, run: Run) -> None:
     def say(text: str, style: str = "") -> None:
         out.print(Text(clean(text), style=style), highlight=False)
 
-    say(f"{GLYPHS.get(head['status'], '?')} {run.name}: {head['status']}", STYLES.get(head["status"], "bold"))
+    show_status(out, run, head["status"])
     what = f"{state.method} of {state.model}" if state.created else "the beginning of its log is gone"
     say(f"{what}, {duration(head['duration_s'])}, in {run.path}")
     if state.note:
@@ -413,4 +423,4 @@ def show_run(out: Console, run: Run) -> None:
     notices = [f"{notice.get('text', '')} {notice.get('advice', '')}".strip() for notice in state.notices]
     for text in list(dict.fromkeys(notices))[-6:]:
         say(f"  {text}", "yellow")
-    show_end(out, run, state, head["status"])
+    show_outcome(out, run, state, head["status"])

@@ -97,6 +97,7 @@ def test_a_run_is_listed_shown_and_watched_to_its_end(
         assert status in shown and not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", shown), command
     assert "[/x] [INST]" in said("show", "end")
     assert "25 % [" in said("show", "end")
+    assert said("show", "end").count(f"ended: {status}") == 1
 
 
 @pytest.mark.parametrize("flags", [(), ("--json",)], ids=["plain", "json"])
