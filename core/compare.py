@@ -45,7 +45,9 @@ def sides_of(runs: Sequence[Run]) -> list[Side]:
     found = []
     for run in runs:
         head, done = summary(run), evaluations(run)
-        side = Side(run.name, head["status"], head["duration_s"], settings_of(run), run.state())
+        state = run.state()
+        took_s = state.trained_s if state.task else head["duration_s"]  # that is the task's own
+        side = Side(run.name, head["status"], took_s, settings_of(run), state)
         if done:
             side.report, side.cases = done[0][1], read_cases(done[0][0])
         found.append(side)

@@ -13,7 +13,7 @@ from typing import IO, Any
 
 from core import clock
 from core.paths import open_regular
-from core.stages import EXPORT_STAGES
+from core.stages import EXPORT_STAGES, TRAINING_STAGES
 
 VERSION = 1
 MAX_LINE = 1_000_000
@@ -134,6 +134,8 @@ class StageState:
     pid: int | None = None
     pid_started: float | None = None
     exit: str = ""
+    paused_s: float = 0.0
+    """Seconds that its run had paused when it ended."""
     expected_s: float | None = None
     """About how long it will take, told before it began."""
     expected_examples: int | None = None
@@ -198,6 +200,10 @@ class RunState:
     waiting_for: tuple[str, str] | None = None
     """The device, and the run that trains there, while this one waits for its turn."""
 
+    def start_over(self) -> None:
+        """Forget all but the name: the log is another one, or is read from its beginning."""
+        self.__init__(name=self.name)  # type: ignore[misc]
+
     def stage(self, name: str) -> StageState:
         """The stage called `name`, made on first mention."""
         found = next((stage for stage in self.stages if stage.name == name), None)
@@ -212,6 +218,17 @@ class RunState:
         begun = [stage for stage in self.stages if stage.state != "waiting"]
         running = [stage for stage in begun if stage.state == "running"]
         return (running or begun)[-1] if begun else None
+
+    @property
+    def trained_s(self) -> float | None:
+        """Seconds from the first start to the last that training told, pauses left out; None where there was none."""
+        found = [stage for stage in self.stages if stage.name in TRAINING_STAGES and stage.started]
+        if self.started is None or not found:
+            return None
+        last = found[-1]
+        told = last.pace[-1][0] if last.pace else last.started or 0.0
+        paused = last.paused_s if last.ended else self.paused_s
+        return max(0.0, (last.ended or told) - self.started - paused)
 
     def now(self) -> float:
         """Now on the clock of this run, while it lives; while it is about to start again that stands still."""
@@ -398,6 +415,7 @@ class RunState:
         stage = self.stage(str(event.get("name", "")))
         status = str(event.get("status", ""))  # `refit`: it starts again with a smaller micro-batch
         stage.state, stage.ended = "waiting" if status == "refit" else status, event["t"]
+        stage.paused_s = self.paused_s
         stage.output = str(event.get("output") or "")
         stage.exit = str(event.get("exit") or "")
 

@@ -54,6 +54,15 @@ def runs_dir(chosen: str | Path | None = None) -> Path:
     return expanded(chosen or os.environ.get("FINETUI_RUNS") or "runs").absolute()
 
 
+def last_lines(path: Path, size: int, since: int = 0) -> str:
+    """The last whole lines of a file that fit `size` bytes, of what comes after byte `since`. Raises OSError."""
+    with open_regular(path) as stream:
+        start = max(since, os.fstat(stream.fileno()).st_size - size)
+        stream.seek(start)
+        text = stream.read(size).decode("utf-8", "replace")
+    return (text.partition("\n")[2] or text) if start > since else text
+
+
 def open_regular(path: Path) -> IO[bytes]:
     """Open a file for reading. Raises OSError for a pipe or a device in its place: it could hold a viewer for ever."""
 

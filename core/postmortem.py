@@ -4,9 +4,8 @@ Read from the two ends of the event log and of the trainer's log, so that a long
 """
 
 import contextlib
-import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,11 +15,11 @@ from core.clock import boot_id
 from core.errors import FinetuiError
 from core.events import Event
 from core.machine_use import GIB
-from core.paths import open_regular
+from core.paths import last_lines
 from core.remedy import Remedy, remedy_for
 from core.runs import Run, head_and_tail
 from core.stages import TRAINING_STAGES
-from core.text import clean
+from core.text import clean, shortened
 
 TAIL_BYTES = 300_000
 LOG_BYTES = 8_000
@@ -32,6 +31,12 @@ SIZES = (
     (rf"total capacity of {SIZE}", "of {}"), (rf"this process has {SIZE} memory in use", "the trainer held {}"),
 )  # fmt: skip
 TRACE = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception|Interrupt|Fault)\b.*|^Fatal Python error: .*|.*\bKilled\b.*")
+SPEAKS = re.compile(
+    r"^(?!File \").*(?:error\b|exception\b|\bfatal\b|\bkilled\b|\baborted\b|segmentation fault|core dumped|"
+    r"out of memory|terminate called|double free|\bcorrupt|\bassertion\b|\bpanicked\b|\bfailed\b|\bcannot\b)",
+    re.IGNORECASE,
+)
+WARNING = re.compile(r"\b[A-Z]\w*Warning\b|\bWARN(?:ING)?\b|^\[RANK \d+\]")
 NO_EVIDENCE = re.compile(r"^\{'|^Extension modules:|^File \"<frozen|^\s*\^+$")
 CRASHED_IN = re.compile(r"most recent call first\):\n\s*(File .*)")
 
@@ -70,7 +75,7 @@ class PostMortem:
             start = f"resumes from step {self.resumes_at}" if self.resumes_at else "begins the stage again"
             changes = f"{self.remedy.words}, and " if self.remedy.changes else ""
             found.append(("remedy", f"{key} {changes}{start}."))
-        return [(word, clean(text, 400)) for word, text in found if text]
+        return [(word, clean(shortened(text, 400))) for word, text in found if text]
 
     @property
     def memory_words(self) -> str:
@@ -124,7 +129,7 @@ def post_mortem(run: Run, status: str) -> PostMortem | None:
     facts = Facts()
     for event in head_and_tail(run.events_path, TAIL_BYTES):
         facts.fold(event)
-    tail = _text(facts.end.get("log_tail")) or log_tail(run)
+    tail = _ending(facts.end.get("log_tail")) or log_tail(run)
     cause = _cause(facts, tail)
     memory, room, place = memory_curve(facts.samples)
     at = next((step_of(path) for path in _checkpoints(run, facts.stage) if is_complete(path)), None)
@@ -141,7 +146,7 @@ def _cause(facts: Facts, tail: str) -> Cause:
         return cause_of_signal(signal, _kernel(facts), facts.stage)
     if facts.error or facts.end:
         own = facts.error.get("type") == "FinetuiError"  # its message and advice were written for this
-        found = cause_of(message) or cause_of(_text(facts.error.get("traceback"))[-2000:])
+        found = cause_of(message) or cause_of(_ending(facts.error.get("traceback"))[-2000:])
         found = found or (None if own else cause_of(tail[-3000:]))
         if own and found is None:
             return Cause("refused", "it could not go on", "", _text(facts.error.get("advice")), again=True)
@@ -169,11 +174,12 @@ def _what(facts: Facts) -> str:
     parts = []
     if "out of memory" in message:
         sizes = [words.format(found[1]) for pattern, words in SIZES if (found := re.search(pattern, message))]
-        parts.append(f"CUDA out of memory: {', '.join(sizes)}" if sizes else message[:200])
+        parts.append(f"CUDA out of memory: {', '.join(sizes)}" if sizes else shortened(message, 200))
     elif message:
         name = _text(facts.error.get("type"))
-        parts.append(message[:300] if name in ("FinetuiError", "Killed", "") else f"{name}: {message[:300]}")
-    parts = [part if part.endswith((".", "!")) else f"{part}." for part in parts]
+        said = shortened(message, 300)
+        parts.append(said if name in ("FinetuiError", "Killed", "") else f"{name}: {said}")
+    parts = [part if part.endswith((".", "!", "…")) else f"{part}." for part in parts]
     if (ended := _text(facts.end.get("exit"))) and ended not in message:
         parts.append(f"The process ended with {ended}.")
     if kills := _whole(facts.end.get("oom_kills")):
@@ -182,14 +188,24 @@ def _what(facts: Facts) -> str:
 
 
 def _evidence(facts: Facts, tail: str, limit: int = 2) -> list[str]:
-    """The lines of the log that say most: the alarm, and the last that look like an error, else the last."""
+    """The lines of the log that say most: the alarm, and the last that speak of an error, else the last."""
     found = [_text(facts.alarm.get("text"))] if facts.alarm else []
     found += CRASHED_IN.findall(tail)[-1:]
-    lines = [line.strip() for line in tail.splitlines() if line.strip() and not NO_EVIDENCE.match(line.strip())]
-    telling = [line for line in lines if TRACE.match(line)] or lines
+    lines = list(_lines(tail))
+    telling = [line for line in lines if TRACE.match(line)] or [line for line in lines if SPEAKS.search(line)] or lines
     said = _text(facts.error.get("message"))[:40]
-    found += [line[:300] for line in telling[-limit:] if not said or said not in line]
+    found += [shortened(line, 300) for line in telling[-limit:] if not said or said not in line]
     return found[:limit]
+
+
+def _lines(tail: str) -> Iterator[str]:
+    """What may be quoted of a log: no warnings, and not the line of code that Python prints below one."""
+    below = False
+    for line in tail.splitlines():
+        words, code = line.strip(), below and line[:1].isspace()
+        below = bool(WARNING.search(words)) and not TRACE.match(words)
+        if words and not (below or code or NO_EVIDENCE.match(words)):
+            yield words
 
 
 def memory_curve(samples: Sequence[Event]) -> tuple[list[float], float | None, str]:
@@ -207,11 +223,9 @@ def memory_curve(samples: Sequence[Event]) -> tuple[list[float], float | None, s
 
 def log_tail(run: Run) -> str:
     """The last words of ``train.log``, if they are as new as the event log."""
-    with contextlib.suppress(OSError), open_regular(run.log_path) as stream:
-        if os.fstat(stream.fileno()).st_mtime < run.events_path.stat().st_mtime - 120:
-            return ""
-        stream.seek(max(0, os.fstat(stream.fileno()).st_size - LOG_BYTES))
-        return stream.read().decode("utf-8", "replace")
+    with contextlib.suppress(OSError):
+        if run.log_path.stat().st_mtime >= run.events_path.stat().st_mtime - 120:
+            return last_lines(run.log_path, LOG_BYTES)
     return ""
 
 
@@ -223,6 +237,10 @@ def _checkpoints(run: Run, stage: str) -> list[Any]:
 
 def _text(value: Any) -> str:
     return value[:8000] if isinstance(value, str) else ""
+
+
+def _ending(value: Any) -> str:
+    return value[-20_000:] if isinstance(value, str) else ""
 
 
 def _word(value: Any) -> str:

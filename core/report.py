@@ -30,6 +30,11 @@ from core.svg import Points, chart
 from core.text import duration, number
 
 STAGE_WORDS = {"sft": "SFT", "kto": "KTO"}
+LIVE = ("running", "stopping")
+AFTER_TRAINING = {
+    "evaluate": "being evaluated", "merge": "being merged", "gguf": "being made into GGUF files",
+    "upload": "being uploaded",
+}  # fmt: skip
 CASES = 12
 SAMPLES = 4
 Fact = tuple[str, str]
@@ -84,6 +89,8 @@ class RunReport:
 
     name: str
     status: str
+    going_on: str
+    """The status in words: of a run that lives, what is done after training."""
     note: str
     headline: str
     facts: list[Fact]
@@ -114,6 +121,7 @@ def gather(run: Run, *, rows: bool = True) -> RunReport:
     return RunReport(
         name=run.name,
         status=head["status"],
+        going_on=going_on(state, head["status"]),
         note=hidden(note.text if note else state.note),
         headline=headline(found[0].report) if found else "",
         facts=_facts(run, state, head, hidden),
@@ -185,11 +193,31 @@ def _facts(run: Run, state: RunState, head: dict[str, Any], hidden: Callable[[An
     model = state.model
     with contextlib.suppress(FinetuiError):
         model = run.plan().model.name
+    took = ("took so far" if head["status"] in LIVE else "took", head["duration_s"])
+    if _after_training(state, head["status"]):
+        took = ("training took", state.trained_s)
     found = [
         ("method", str(state.method).upper().replace("-", "→")), ("model", hidden(value_without_places(model))),
-        ("started", started), ("took", duration(head["duration_s"])),
+        ("started", started), (took[0], duration(took[1])),
     ]  # fmt: skip
     return [(word, value) for word, value in found if value]
+
+
+def _after_training(state: RunState, status: str) -> str:
+    """What is done to a living run's result, in words; empty while it trains and for a run that has ended."""
+    current = state.current
+    now = state.task or (current.name if current and current.state == "running" else "")
+    return AFTER_TRAINING.get(now, "") if status in LIVE else ""
+
+
+def going_on(state: RunState, status: str) -> str:
+    """The status of a run in words, and what is done to it where it has been trained."""
+    after = _after_training(state, status)
+    if not after:
+        return status
+    trained = all(stage.state == "done" for stage in state.stages if stage.name in TRAINING_STAGES)
+    words = f"training {'done' if trained else state.end_status or 'not done'}, {after}"
+    return words if status == "running" else f"{words}, {status}"
 
 
 def _stage(

@@ -11,7 +11,7 @@ from core.report_html import missed
 
 def as_markdown(report: RunReport) -> str:
     """The whole report."""
-    lines = [f"# {plain(report.name)}: {plain(report.status)}", ""]
+    lines = [f"# {plain(report.name)}: {plain(report.going_on)}", ""]
     lines += [text for text in (plain(report.note, 500), f"**{plain(report.headline, 600)}**") if text.strip("*")]
     lines += ["", *_facts(report.facts)]
     for evaluation in report.evaluations:

@@ -25,7 +25,7 @@ from core.artefacts import output_of, stage_done
 from core.children import LOCK_ENV, ON_END_ENV, child_environment, runner_environment, stage_environment
 from core.errors import FinetuiError
 from core.machine_use import changed_software, code, oom_kills, system, versions
-from core.paths import TORN, remove_torn
+from core.paths import TORN, last_lines, remove_torn
 from core.runs import (
     Run,
     create_run,
@@ -382,9 +382,7 @@ class Runner:
     def _log_tail(self, position: int, lines: int = 20) -> str:
         """The last lines this stage wrote to the log."""
         try:
-            with self.run.log_path.open("rb") as stream:
-                stream.seek(max(position, self.run.log_path.stat().st_size - 20_000))
-                return "\n".join(deque(stream.read().decode("utf-8", "replace").splitlines(), lines))
+            return "\n".join(deque(last_lines(self.run.log_path, 20_000, position).splitlines(), lines))
         except OSError:
             return ""
 

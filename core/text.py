@@ -29,6 +29,15 @@ def clean(text: object, limit: int = 4000, *, newlines: bool = False) -> str:
     return string if newlines else string.replace("\n", "⏎")
 
 
+def shortened(text: str, limit: int) -> str:
+    """At most `limit` characters of `text`, cut between two words where it has any, with an ellipsis."""
+    if len(text) <= limit:
+        return text
+    head = text[: limit - 2]
+    words = head if text[limit - 2].isspace() else head.rpartition(" ")[0]
+    return f"{words.rstrip() if len(words) > limit // 2 else head} …"
+
+
 def duration(seconds: float | None) -> str:
     """Seconds as people say them: ``42 s``, ``7 min 05 s``, ``3 h 12 min``; ``–`` for unknown."""
     if seconds is None or not 0 <= seconds < math.inf:

@@ -23,6 +23,7 @@ from core.stages import EXPORT_STAGES
 from core.text import clean, duration, number
 
 POLL_S = 0.5
+STARTED_OVER = "The event log was replaced or cut; it is told from its beginning."
 GLYPHS = {
     "running": "●", "stopping": "◐", "done": "✔", "failed": "✘", "stopped": "■", "aborted": "■", "crashed": "✘",
     "waiting": "○",
@@ -103,7 +104,12 @@ def hung_up() -> bool:
 
 
 def _catch_up(tail: EventTail, state: RunState, view: "_View") -> None:
-    while events := tail.read():
+    restarts = tail.restarts
+    while (events := tail.read()) or tail.restarts != restarts:
+        if tail.restarts != restarts:
+            restarts = tail.restarts
+            state.start_over()
+            view.start_over({"t": time.time(), "kind": "notice", "level": "warning", "text": STARTED_OVER}, state)
         for event in events:
             state.fold(event)
             view.show(event, state)
@@ -140,6 +146,10 @@ class _View:
 
     def show(self, event: Event, state: RunState) -> None:
         pass
+
+    def start_over(self, notice: Event, state: RunState) -> None:
+        """The log is another one: what follows is told from its beginning."""
+        self.show(notice, state)
 
     def tick(self, state: RunState) -> None:
         pass
@@ -256,6 +266,12 @@ class _Bar(_View):
             style = "red" if event["kind"] == "error" else "yellow" if event.get("level") == "warning" else "dim"
             self.progress.console.print(Text(line, style=style), highlight=False)
 
+    def start_over(self, notice: Event, state: RunState) -> None:
+        for task in self.tasks.values():
+            self.progress.remove_task(task)
+        self.tasks = {}
+        super().start_over(notice, state)
+
     def tick(self, state: RunState) -> None:
         for stage in state.stages:
             if stage.state == "waiting":
@@ -330,11 +346,21 @@ def shown_result(result: Event, width: int = 80) -> Table | None:
 
 def show_end(out: Console, run: Run, state: RunState, end: str) -> None:
     """How a run ended, what it produced, and the next step."""
+    show_status(out, run, end)
+    show_outcome(out, run, state, end)
+
+
+def show_status(out: Console, run: Run, end: str) -> None:
+    """The line that names a run and says what has become of it."""
+    out.print(Text(clean(f"{GLYPHS.get(end, '?')} {run.name}: {end}"), style=STYLES.get(end, "bold")), highlight=False)
+
+
+def show_outcome(out: Console, run: Run, state: RunState, end: str) -> None:
+    """What a run produced, what became of it, and the next step."""
 
     def say(text: str, style: str = "") -> None:
         out.print(Text(clean(text, newlines=False), style=style), highlight=False)
 
-    say(f"{GLYPHS.get(end, '?')} {run.name}: {end}", STYLES.get(end, "bold"))
     if (table := shown_result(state.result, out.width)) is not None:
         out.print(table)
     for stage in state.stages:
@@ -371,7 +397,7 @@ def show_run(out: Console, run: Run) -> None:
     def say(text: str, style: str = "") -> None:
         out.print(Text(clean(text), style=style), highlight=False)
 
-    say(f"{GLYPHS.get(head['status'], '?')} {run.name}: {head['status']}", STYLES.get(head["status"], "bold"))
+    show_status(out, run, head["status"])
     what = f"{state.method} of {state.model}" if state.created else "the beginning of its log is gone"
     say(f"{what}, {duration(head['duration_s'])}, in {run.path}")
     if state.note:
@@ -397,4 +423,4 @@ def show_run(out: Console, run: Run) -> None:
     notices = [f"{notice.get('text', '')} {notice.get('advice', '')}".strip() for notice in state.notices]
     for text in list(dict.fromkeys(notices))[-6:]:
         say(f"  {text}", "yellow")
-    show_end(out, run, state, head["status"])
+    show_outcome(out, run, state, head["status"])

@@ -97,6 +97,42 @@ def test_a_run_is_listed_shown_and_watched_to_its_end(
         assert status in shown and not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", shown), command
     assert "[/x] [INST]" in said("show", "end")
     assert "25 % [" in said("show", "end")
+    assert said("show", "end").count(f"ended: {status}") == 1
+
+
+@pytest.mark.parametrize("flags", [(), ("--json",)], ids=["plain", "json"])
+@pytest.mark.parametrize("how", ["replaced", "cut"])
+def test_a_run_whose_log_is_replaced_or_cut_is_watched_from_its_beginning(
+    said: Callable[..., str], ended: Run, monkeypatch: pytest.MonkeyPatch, how: str, flags: tuple[str, ...]
+) -> None:
+    steps = range(60 if how == "replaced" else 1)
+    new = [
+        {"t": 9, "kind": "run_start"}, {"t": 10, "kind": "stage_start", "name": "kto", "base": "another log"},
+        *({"t": 11, "kind": "log", "stage": "kto", "step": step, "loss": 0.5} for step in steps),
+        {"t": 12, "kind": "run_end", "status": "stopped"},
+    ]  # fmt: skip
+    looks: list[Run] = []
+
+    def alive(run: Run) -> bool:
+        """It lives for one look, and then its log is another."""
+        looks.append(run)
+        if len(looks) == 2:
+            before = run.events_path.stat().st_size
+            run.events_path.write_text("".join(json.dumps(event) + "\n" for event in new))
+            assert (run.events_path.stat().st_size > before) == (how == "replaced")
+        return len(looks) == 1
+
+    monkeypatch.setattr("core.watch.is_alive", alive)
+    monkeypatch.setattr("core.watch.POLL_S", 0)
+    told = said("watch", "ended", *flags)
+    if flags:
+        events = [json.loads(line) for line in told.splitlines()]
+        at = next(n for n, event in enumerate(events) if "replaced or cut" in event.get("text", ""))
+        assert events[at + 1 :] == new
+    else:
+        before, _, after = told.partition("The event log was replaced or cut; it is told from its beginning.\n")
+        assert "SFT: started" in before and after.startswith("KTO: started from another log\n")
+        assert "ended: stopped" in after and "SFT result" not in after, "nothing is kept of the log before"
 
 
 def test_a_done_run_is_not_resumed(refused: Refused, ended: Run) -> None:

@@ -97,6 +97,10 @@ def test_a_log_is_followed_line_by_line(tmp_path: Path) -> None:
     with path.open("ab") as stream:
         stream.write(b" line\n\xff\n")
     assert tail.read() == ["half line", "\ufffd"]
+    path.write_bytes(b"another log\n" + b"that is longer\n" * 20)
+    assert tail.read() == ["another log", *["that is longer"] * 20]
+    path.write_bytes(b"cut\n")
+    assert tail.read() == ["cut"] and tail.read() == []
 
 
 def test_impossible_figures_in_a_log_are_passed_over(folder: Path) -> None:

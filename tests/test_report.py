@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Refused
+from conftest import MakeNamed, Refused
 from pilots import HOSTILE, recorded
 
 from core.cli import main
@@ -24,7 +25,7 @@ from core.places import value_without_places, without_places
 from core.report import artefact_row, gather, headline, plan_sources
 from core.report_files import write_reports
 from core.report_html import compared_as_html
-from core.runs import Run
+from core.runs import Run, take_lock
 from core.svg import chart, digits, steps, thinned
 from core.train_events import Reporter
 
@@ -318,6 +319,38 @@ def test_settings_of_a_stage_that_one_run_has_not_do_not_differ() -> None:
     alone = {"method": "sft", "kto.beta": 0.1, "sft.max_steps": 6}
     assert [path for path, _ in differences([chain, alone])] == ["method", "sft.max_steps"]
     assert [path for path, _ in differences([chain, {**chain, "kto.beta": 1.0}, {}])] == ["kto.beta"]
+
+
+@pytest.mark.parametrize("as_task", [True, False], ids=["asked for later", "in its plan"])
+def test_the_report_of_a_run_that_is_being_evaluated_says_so_and_how_long_it_trained(
+    named: MakeNamed, as_task: bool
+) -> None:
+    run = named("sft")
+    ended = {"t": 5100, "kind": "run_end", "status": "done"}
+    told: list[dict[str, Any]] = [
+        {"t": 1000, "kind": "run_start"}, {"t": 1010, "kind": "stage_start", "name": "sft"},
+        {"t": 1400, "kind": "log", "stage": "sft", "step": 9, "loss": 1.0},
+        {"t": 1500, "kind": "run_end", "status": "stopped"},
+        {"t": 5000, "kind": "run_start"}, {"t": 5010, "kind": "stage_start", "name": "sft"},
+        {"t": 5100, "kind": "stage_end", "name": "sft", "status": "done"},
+        ended if as_task else ended | {"status": "aborted"},
+        {"t": 9000, "kind": "task_start", "name": "evaluate"} if as_task else {"t": 9000, "kind": "run_start"},
+        {"t": 9001, "kind": "stage_start", "name": "evaluate"},
+        {"t": 9003, "kind": "step", "stage": "evaluate", "step": 2},
+    ]  # fmt: skip
+    with run.events_path.open("a") as log:
+        log.writelines(json.dumps(event) + "\n" for event in told)
+    lock = take_lock(run)
+    try:
+        report, side = gather(run), sides_of([run])[0]
+        assert (report.status, report.going_on) == ("running", "training done, being evaluated")
+        assert dict(report.facts)["training took"] == "10 min 00 s" and "took" not in dict(report.facts)
+        assert side.took_s == 600 or not as_task
+        html, markdown = (path.read_text() for path in write_reports(run))
+        assert "● training done, being evaluated" in page_of(html).text
+        assert markdown.startswith("# sft: training done, being evaluated\n")
+    finally:
+        os.close(lock)
 
 
 def test_what_was_made_is_listed_with_what_its_check_found() -> None:

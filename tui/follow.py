@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from core.events import MAX_LINE, Event, EventTail, RunState, StageState, parse_line
+from core.events import MAX_LINE, Event, EventTail, RunState, StageState, bytes_before, parse_line
 from core.gpu import GpuSample, gpu_report
 from core.notes import Note, note_mark, read_note
 from core.paths import expanded, open_regular
@@ -446,19 +446,21 @@ class LogTail:
         self.path = path
         self.backlog_bytes = backlog_bytes
         self._offset: int | None = None
+        self._known = b""
 
     def read(self, limit_bytes: int = 262_144) -> list[str]:
         """New whole lines. Of a line that rewrote itself (a progress bar) only the last state is kept."""
         try:
             with open_regular(self.path) as stream:
                 size = os.fstat(stream.fileno()).st_size
-                if self._offset is None or size < self._offset:
+                if self._offset is None or bytes_before(stream, self._offset) != self._known:
                     self._offset = max(0, size - self.backlog_bytes)
                 stream.seek(self._offset)
                 chunk = stream.read(limit_bytes)
+                end = chunk.rfind(b"\n") + 1 or (len(chunk) if len(chunk) == limit_bytes else 0)
+                self._offset += end
+                self._known = bytes_before(stream, self._offset)
         except OSError:
             return []
-        end = chunk.rfind(b"\n") + 1 or (len(chunk) if len(chunk) == limit_bytes else 0)
-        self._offset += end
         lines = chunk[:end].decode("utf-8", "replace").split("\n")
         return [clean(line.rstrip("\r").rsplit("\r", 1)[-1], 2000) for line in lines if line.strip()]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from core.clock import boot_id
 from core.config import load_plan
 from core.errors import FinetuiError
 from core.events import RunState
+from core.paths import last_lines
 from core.postmortem import examined, post_mortem
 from core.remedy import sources_in
 from core.runs import Run
@@ -98,6 +100,55 @@ def test_the_words_of_pytorch_driver_and_system_are_understood(kind: str, named:
     assert card.title.startswith("SFT failed at step 45 of 120: ")
     assert all(part in card.what for part in SAID[kind][3])
     assert "of 24.0 GiB at the last look (GPU)" in card.memory_words and card.memory_words[:4] == "▄▆▇█"
+
+
+WARNED = (
+    "/x/unsloth/trainer.py:12: SyntaxWarning: invalid escape sequence '\\d'\n"
+    '  pattern = "\\d failed"\n'
+    "<string>:3: UserWarning: an error will be raised for this in the next version\n"
+    "[RANK 0] Padding-free training is enabled, but the attention is not supported\n"
+    "12:00:01 WARNING transformers: this cannot be known\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "log"),
+    [
+        ("ValueError: of the trainer\n", WARNED, ["ValueError: of the trainer"]),
+        ("80 rows\nterminate called after throwing 'c10::Oh'\n", WARNED, ["terminate called after throwing 'c10::Oh'"]),
+        ("CUDA error: the launch timed out\ntokenised 80 rows\n", WARNED, ["CUDA error: the launch timed out"]),
+        ("tokenised 80 rows\n", WARNED, ["tokenised 80 rows"]),
+        ("", WARNED, []),
+        ("x" * 30_000 + "\n", "KeyError: 'at the end of a long log'\n", ["KeyError: 'at the end of a long log'"]),
+        ("", "RuntimeError: " + "several words " * 40, ["RuntimeError: " + "several words " * 20 + "…"]),
+    ],
+    ids=["traceback", "native", "cuda", "plain", "warnings", "long", "cut"],
+)  # fmt: skip
+def test_the_evidence_is_what_speaks_of_the_failure_and_no_warning(
+    named: MakeNamed, before: str, after: str, log: list[str]
+) -> None:
+    run = named("sft")
+    run.events.append("run_start", pid=1)
+    run.events.append("stage_start", name="sft")
+    run.log_path.write_text(before + after)
+    for told in (before + after, ""):  # as the runner told it, and where it could not, from the log itself
+        run.events.append("stage_end", name="sft", status="failed", exit="SIGABRT", log_tail=told[-20_000:])
+        card = post_mortem(run, "failed")
+        assert card is not None and [text for word, text in card.lines("f") if word == "log"] == log
+
+
+def test_the_last_words_of_a_log_begin_with_a_whole_line(tmp_path: Path) -> None:
+    (file := tmp_path / "train.log").write_text("of the stage before\none two three\nfour five\n")
+    assert last_lines(file, 20) == "four five\n" and last_lines(file, 900) == file.read_text()
+    assert last_lines(file, 900, since=20) == "one two three\nfour five\n"
+
+
+def test_a_long_message_is_cut_between_two_words(named: MakeNamed) -> None:
+    run = failed(named("sft"), "refused")
+    run.events.append("error", stage="sft", type="ValueError", message="a message of many words " * 40, advice="")
+    card = post_mortem(run, "failed")
+    assert card is not None and len(card.what) < 400
+    assert re.search(r" (a|message|of|many|words) … The process", card.what), card.what
 
 
 HUNGRY = """
