@@ -12,15 +12,18 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from core import train
+from core.artefacts import Trained
 from core.chat import Template
 from core.checkpoints import complete_checkpoints
+from core.errors import FinetuiError
+from core.export_answers import trained_model
 from core.prepare import StageData, prepare
 from core.runs import Run
 from core.sources import ModelSource, model_source
 from core.train_events import Reporter
 from core.train_kto import KTOBatches, kto_losses
 from core.train_logps import CHUNK_ROWS, completion_logps
-from core.train_model import Loaded, load_model
+from core.train_model import Loaded, load_model, only_unsloth_reads
 from core.train_tokenizer import load_tokenizer
 
 SHARED = sorted(SHARED_DATA.glob("*.jsonl"))
@@ -221,6 +224,17 @@ def test_the_balance_of_experts_is_not_in_the_loss(make_run: MakeRun, tiny_exper
         loss = stage.trainer.compute_loss(stage.trainer.model, first_batch(stage))
         expected = math.log(len(stage.loaded.tokenizer)) if name == "sft" else 0.5  # of weights that know nothing
         assert loss.item() == pytest.approx(expected, abs=0.3)
+
+
+def test_what_unsloth_alone_reads_is_not_asked_beside_its_merged_form(make_run: MakeRun, tiny_experts: Path) -> None:
+    run = make_run("sft", model__name=str(tiny_experts))
+    plan, source = run.plan(), model_source(run.plan().model, print)
+    trained = Trained("sft", None, run.final_model("sft"))
+    assert not only_unsloth_reads(plan, source=source)
+    plan.backend, plan.model.load_in_4bit = "unsloth", True
+    assert only_unsloth_reads(plan, source=source)
+    with pytest.raises(FinetuiError, match="cannot be asked beside its merged form"):
+        trained_model(plan, source, trained)
 
 
 def test_kto_of_a_model_with_experts_in_chunks_is_trls(make_run: MakeRun, tiny_experts: Path) -> None:
