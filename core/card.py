@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from core.artefacts import LINEAGE, merged_folder, read_report
 from core.plan import Plan
-from core.text import clean, duration
+from core.text import clean, count, duration
 
 if TYPE_CHECKING:
     from core.runs import Run
@@ -111,7 +111,7 @@ def _training(lineage: dict[str, Any]) -> str:
     lines = ["## Training", ""]
     rows = [("", [stage["name"].upper() for stage in lineage["stages"]])]
     keys = list(dict.fromkeys(key for stage in lineage["stages"] for key in stage["settings"]))
-    rows += [("steps", [str(stage["steps"] or "–") for stage in lineage["stages"]])]
+    rows += [("steps", [count(stage["steps"] or "–") for stage in lineage["stages"]])]
     rows += [("duration", [duration(stage["seconds"]) for stage in lineage["stages"]])]
     for key in keys:
         rows.append((key, [_value(stage["settings"].get(key)) for stage in lineage["stages"]]))
@@ -143,17 +143,18 @@ def _data(lineage: dict[str, Any]) -> str:
         data = stage["data"]
         words = f"* **{stage['name'].upper()}**: {_plain(data['name'])}"
         if data.get("rows"):
-            words += f"; {data['rows']} rows, {data['examples']} trained on, {data['left_out'] or 0} left out"
-            words += f", {data['held_out']} held out" if data.get("held_out") else ""
+            words += f"; {count(data['rows'])} rows, {count(data['examples'])} trained on, "
+            words += f"{count(data['left_out'] or 0)} left out"
+            words += f", {count(data['held_out'])} held out" if data.get("held_out") else ""
             labels = data.get("labels") or {}
             if labels.get("true") or labels.get("false"):
-                words += f"; {labels.get('true', 0)} good and {labels.get('false', 0)} bad answers"
+                words += f"; {count(labels.get('true', 0))} good and {count(labels.get('false', 0))} bad answers"
             words += (
                 f"; {data['tokens']:,} tokens, {data['trained_tokens']:,} of them trained" if data.get("tokens") else ""
             )
         lines.append(words)
-        for reason, count in list((data.get("left_out_reasons") or {}).items())[:5]:
-            lines.append(f"  * left out: {count} × {_plain(reason)}")
+        for reason, many in list((data.get("left_out_reasons") or {}).items())[:5]:
+            lines.append(f"  * left out: {count(many)} × {_plain(reason)}")
         for name, digest in (data.get("files") or {}).items():
             lines.append(f"  * SHA-256 of {_plain(name)}: `{digest}`")
     return "\n".join(lines)
@@ -167,7 +168,7 @@ def _results(run: "Run", lineage: dict[str, Any]) -> str:
     report = read_report(evaluation_path(run, HELD_OUT))
     if report is None:
         return "## Results\n\nIt was not evaluated by the tool that trained it."
-    head = f"Answers to {int(report['prompts'])} held-out prompts:"
+    head = f"Answers to {int(report['prompts']):,} held-out prompts:"
     return "\n".join(["## Results", "", head, "", *table_lines(report)])
 
 
@@ -177,8 +178,8 @@ def _checks(run: "Run", plan: Plan, lineage: dict[str, Any]) -> str:
     if "token_agreement" in check:
         lines.append(
             f"* The merged model gives {100 * check['token_agreement']:.1f} % of the tokens of the model as it was "
-            f"trained ({check['reference']}; {check['tokens']} tokens of {check['prompts']} greedy answers; "
-            f"mean KL divergence {check['mean_kl']:.2g})."
+            f"trained ({check['reference']}; {count(check['tokens'])} tokens of {count(check['prompts'])} greedy "
+            f"answers; mean KL divergence {check['mean_kl']:.2g})."
         )
     files = read_report(run, "gguf").get("files", {})
     for quantisation in plan.export.gguf:
@@ -186,7 +187,7 @@ def _checks(run: "Run", plan: Plan, lineage: dict[str, Any]) -> str:
         if "token_agreement" in entry:
             words = f"* {quantisation}: {100 * entry['token_agreement']:.1f} % of the merged model's tokens"
             if "calls" in entry:
-                words += f", {entry['valid']} of {entry['calls']} tool calls well-formed"
+                words += f", {count(entry['valid'])} of {count(entry['calls'])} tool calls well-formed"
             lines.append(f"{words} (in llama.cpp, greedy).")
     return "\n".join(["## Checks of the exported files", "", *lines]) if lines else ""
 

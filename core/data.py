@@ -152,7 +152,7 @@ def check_usable(
     """Raise FinetuiError where `file` has no usable row, or for KTO only one label; `labels` counts the usable ones."""
     if not sum(labels.values()):
         often = Counter(reasons).most_common(2)
-        named = "; ".join(f"{count} × {reason}" for reason, count in often)
+        named = "; ".join(f"{count:,} × {reason}" for reason, count in often)
         raise FinetuiError(
             f"{file} has no usable row for {method.upper()} among {total} ({named or 'no rows'}).",
             remedy_of(often[0][0]) if often and not often[0][0].startswith("broken JSON") else ROW_HELP,

@@ -83,7 +83,7 @@ def evaluate(run: Run, plan: Plan, reporter: Reporter, name: str = "") -> dict[s
         limit = options.max_new_tokens or needed_tokens(cases)
         cases = list(_that_fit(cases, left_out, answerer.context_length, limit))
     if not cases:
-        said = "; ".join(f"{count} × {reason}" for reason, count in left_out.most_common(2))
+        said = "; ".join(f"{count:,} × {reason}" for reason, count in left_out.most_common(2))
         raise FinetuiError(f"No held-out prompt can be answered: {said}.", "Give others with --file.")
     work = Work(answerer, cases, options, limit, folder, reporter)
     reporter.event(

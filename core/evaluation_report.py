@@ -10,7 +10,7 @@ from core.evaluation import Report, Row, failed, missed_words, variant_words
 from core.markdown import block, plain, table
 from core.paths import writing_whole
 from core.scores import MARKS, Rate
-from core.text import duration
+from core.text import count, duration
 
 CASES_SHOWN = 40
 SURE = 0.05
@@ -55,12 +55,12 @@ def remarks(report: Report) -> list[str]:
     """What must be known beside the table, in sentences; with foreign text in them."""
     found = [sentence for change in report["changes"] if (sentence := change_words(change))]
     found += [str(note) for note in report["notes"]]
-    found += [f"Left out: {count} × {reason}." for reason, count in report["left_out"].items()]
+    found += [f"Left out: {count(many)} × {reason}." for reason, many in report["left_out"].items()]
     limit = report["settings"]["max_new_tokens"]
     found += [
-        f"{_sentence(variant_words(name))}: {count} answers were cut at {limit} tokens."
-        for name, count in report["cut"].items()
-        if count
+        f"{_sentence(variant_words(name))}: {count(many)} answers were cut at {count(limit)} tokens."
+        for name, many in report["cut"].items()
+        if many
     ]
     return [*found, f"Answering took {duration(sum(report['seconds'].values()))}."]
 
@@ -83,7 +83,7 @@ def tool_lines(report: Report) -> list[str]:
         heads += [f"{variant_words(name)}: right tool", "all right"]
     rows = []
     for tool, rates in sorted(report["by_tool"].items(), key=lambda entry: -_prompts(entry[1])):
-        cells = [plain(tool) if tool else "(no call)", str(_prompts(rates))]
+        cells = [plain(tool) if tool else "(no call)", count(_prompts(rates))]
         for name in report["variants"]:
             marks = rates.get(name, {})
             cells += [_count(marks.get("tool" if tool else "decision")), _count(marks.get("exact"))]
@@ -96,7 +96,7 @@ def _prompts(rates: Mapping[str, Mapping[str, Rate]]) -> int:
 
 
 def _count(entry: Mapping[str, float] | None) -> str:
-    return str(int(entry["hits"])) if entry else "–"
+    return count(int(entry["hits"])) if entry else "–"
 
 
 def as_markdown(report: Report, rows: Sequence[Row]) -> str:
@@ -106,7 +106,7 @@ def as_markdown(report: Report, rows: Sequence[Row]) -> str:
     how = "greedily" if not settings["temperature"] else f"at temperature {settings['temperature']:g}"
     lines = [
         f"# Evaluation: {plain(report['source'])}", "",
-        f"{report['prompts']} prompts, answered {how} with at most {settings['max_new_tokens']} tokens, {when}. "
+        f"{count(report['prompts'])} prompts, answered {how} with at most {settings['max_new_tokens']} tokens, {when}. "
         "Share right and its 95 % interval.",
         "", *table_lines(report), "",
     ]  # fmt: skip
@@ -124,11 +124,11 @@ def _case_lines(report: Report, rows: Sequence[Row]) -> list[str]:
     wrong = [row for row in rows if failed(row, last)]
     if not wrong:
         return ["## Failing cases", "", f"None: {variant_words(last)} every mark is earned."]
-    shown = f"The first {CASES_SHOWN} of {len(wrong)}" if len(wrong) > CASES_SHOWN else f"{len(wrong)}"
+    shown = f"The first {CASES_SHOWN} of {len(wrong):,}" if len(wrong) > CASES_SHOWN else f"{len(wrong)}"
     lines = [
         "## Failing cases",
         "",
-        f"{shown} of {report['prompts']} prompts ({variant_words(last)}). All answers are in cases.jsonl.",
+        f"{shown} of {count(report['prompts'])} prompts ({variant_words(last)}). All answers are in cases.jsonl.",
     ]
     for row in wrong[:CASES_SHOWN]:
         lines += ["", f"### Line {row['line']} of {plain(row['file'])}", "", "Prompt", "", block(row["prompt"])]

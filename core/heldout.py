@@ -118,9 +118,9 @@ def prompts_of(path: Path) -> HeldOut:
         reasons["only an answer labelled false"] += only_bad
     prompts = [_with_bad(prompt, bad.get(key)) for key, prompt in good.items()]
     if not prompts:
-        said = "; ".join(f"{count} × {reason}" for reason, count in reasons.most_common(2)) or "no rows"
+        said = "; ".join(f"{count:,} × {reason}" for reason, count in reasons.most_common(2)) or "no rows"
         raise FinetuiError(f"{path} has no prompt that can be answered ({said}).", 'A row has "messages" or "prompt".')
-    notes = [f"Left out: {count} × {reason}." for reason, count in reasons.most_common(5)]
+    notes = [f"Left out: {count:,} × {reason}." for reason, count in reasons.most_common(5)]
     return HeldOut(path.name, prompts, notes)
 
 

@@ -175,8 +175,8 @@ def headline(report: Report) -> str:
     )
     words = variant_words(last)
     return (
-        f"{words[:1].upper()}{words[1:]} {100 * entry['hits'] / entry['total']:.0f} % of {entry['total']:.0f} held-out "
-        f"prompts are answered {what.get(mark, 'with the right decision to call a tool or not')} "
+        f"{words[:1].upper()}{words[1:]} {100 * entry['hits'] / entry['total']:.0f} % of {entry['total']:,.0f} "
+        f"held-out prompts are answered {what.get(mark, 'with the right decision to call a tool or not')} "
         f"(95 % interval {100 * entry['low']:.0f} to {100 * entry['high']:.0f} %)" + (f"; {others}." if others else ".")
     )
 
@@ -228,12 +228,12 @@ def _stage(
     done = max([stage.step, *stage.checkpoints, *(step for step, _ in stage.series.get("eval_loss", []))])
     best = [(value, step) for step, value in stage.series.get("eval_loss", []) if value is not None]
     facts = [
-        ("steps", f"{done} of {stage.total_steps}" if stage.total_steps else str(done)),
+        ("steps", f"{done:,} of {stage.total_steps:,}" if stage.total_steps else f"{done:,}"),
         ("examples a step", str(totals.get("batch") or "")),
         ("trained parameters", f"{totals['trainable']:,}" if totals.get("trainable") else ""),
         ("took", took),
         ("time went into", ", ".join(f"{name} {duration(s)}" for name, s in stage.phase_seconds.items() if s >= 1)),
-        ("lowest held-out loss", f"{number(min(best)[0])} at step {min(best)[1]}" if best else ""),
+        ("lowest held-out loss", f"{number(min(best)[0])} at step {min(best)[1]:,}" if best else ""),
         ("peak GPU memory", _gib(max((v or 0 for _, v in stage.series.get("vram_peak_bytes", [])), default=0))),
     ]
     found = StageReport(

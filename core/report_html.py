@@ -23,7 +23,7 @@ from core.places import value_without_places
 from core.report import PANELS, Picture, RunReport, made_by, rate_cells
 from core.stages import TRAINING_STAGES
 from core.svg import Points, chart, key
-from core.text import clean, number
+from core.text import clean, count, number
 from core.watch import GLYPHS
 
 MAX_TEXT = 20_000
@@ -80,6 +80,7 @@ def _pages() -> Environment:
     page.filters |= {
         "svg": Markup, "variant": variant_words, "rates": rate_cells, "tools": tool_rows, "loss": loss_words,
         "missed": missed, "short": short, "glyph": lambda status: GLYPHS.get(status, "?"), "wrong": wrong,
+        "many": count,
     }  # fmt: skip
     return page
 
@@ -114,6 +115,6 @@ def tool_rows(report: dict[str, Any]) -> list[tuple[str, int, list[str]]]:
         for name in report["variants"]:
             marks = rates.get(name, {})
             counts = [marks.get(mark, {}).get("hits", "–") for mark in ("tool" if tool else "decision", "exact")]
-            cells.append(" / ".join(str(count) for count in counts))
+            cells.append(" / ".join(count(many) for many in counts))
         rows.append((tool, prompts, cells))
     return sorted(rows, key=lambda row: (-row[1], row[0]))

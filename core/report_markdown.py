@@ -7,6 +7,7 @@ from core.evaluation_report import table_lines, tool_lines
 from core.markdown import block, plain, table
 from core.report import EvaluationReport, Fact, Picture, RunReport, StageReport
 from core.report_html import missed
+from core.text import count
 
 
 def as_markdown(report: RunReport) -> str:
@@ -53,12 +54,12 @@ def _figures(pictures: Sequence[Picture]) -> list[str]:
 
 def _evaluation(evaluation: EvaluationReport) -> list[str]:
     report = evaluation.report
-    lines = ["", f"## Evaluation: {plain(report['source'])}", "", f"{report['prompts']} prompts.", ""]
+    lines = ["", f"## Evaluation: {plain(report['source'])}", "", f"{count(report['prompts'])} prompts.", ""]
     lines += [*table_lines(report), "", *(f"* {plain(sentence, 600)}" for sentence in evaluation.remarks)]
     if any(report["by_tool"]):
         lines += ["", "### By tool", "", *tool_lines(report)]
     if evaluation.cases:
-        lines += ["", f"### Failing cases ({len(evaluation.cases)} of {evaluation.failing})"]
+        lines += ["", f"### Failing cases ({len(evaluation.cases)} of {count(evaluation.failing)})"]
     for case in evaluation.cases:
         lines += ["", f"#### Line {case['line']} of {plain(case['file'])}", "", block(case["prompt"])]
         if case["expected"] is not None:
@@ -73,7 +74,7 @@ def _evaluation(evaluation: EvaluationReport) -> list[str]:
 def _stage(stage: StageReport) -> list[str]:
     lines = ["", f"## {stage.name}", "", *_facts(stage.facts), *_figures(stage.pictures), "", "### Data", ""]
     lines += _facts(stage.data)
-    lines += [f"* left out: {count} × {plain(reason)}" for count, reason in stage.left_out]
+    lines += [f"* left out: {count(many)} × {plain(reason)}" for many, reason in stage.left_out]
     for prompt, expected, answers in stage.samples:
         lines += ["", "### Answers while it trained", "", block(prompt)]
         for step, answer in [*answers, *([("expected", expected)] if expected else [])]:

@@ -52,6 +52,11 @@ def duration(seconds: float | None) -> str:
     return f"{whole // 86400} d {whole % 86400 // 3600} h"
 
 
+def count(value: object) -> str:
+    """A whole number for people: ``2,998``; anything else, as a stranger's file may hold, as it is."""
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
 def number(value: float | None, digits: int = 4) -> str:
     """A metric for people; ``–`` for none."""
     if value is None or value != value:

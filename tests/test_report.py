@@ -14,6 +14,7 @@ import pytest
 from conftest import MakeNamed, Refused
 from pilots import HOSTILE, recorded
 
+from core.card import model_card
 from core.cli import main
 from core.compare import differences, over_examples, same_prompts, shared_answers, sides_of
 from core.evaluate import evaluate
@@ -351,6 +352,26 @@ def test_the_report_of_a_run_that_is_being_evaluated_says_so_and_how_long_it_tra
         assert markdown.startswith("# sft: training done, being evaluated\n")
     finally:
         os.close(lock)
+
+
+def test_counts_have_a_separator_of_thousands_in_reports_and_on_the_model_card(named: MakeNamed) -> None:
+    run, left_out = named("sft"), {"no assistant turn": 2998}
+    run.events.append("run_start")
+    run.events.append("stage_start", name="sft")
+    run.events.append("totals", stage="sft", steps=4000, rows=6000, examples=3002, left_out_reasons=left_out)
+    run.events.append("step", stage="sft", step=1500)
+    html, markdown = (path.read_text() for path in write_reports(run))
+    assert "* left out: 2,998 × no assistant turn" in markdown and "* steps: 1,500 of 4,000" in markdown
+    assert "<td>2,998</td><td>no assistant turn</td>" in html
+    data = {"name": "rows", "rows": 6000, "examples": 3002, "left_out": 2998, "held_out": 1024,
+            "left_out_reasons": left_out, "labels": {"true": 1001, "false": 2001}}  # fmt: skip
+    stage = {"name": "sft", "steps": 4000, "seconds": 9.0, "settings": {}, "data": data}
+    lineage = {"method": "sft", "base": {"name": "a/b"}, "trained_on": {"name": "a/b", "dtype": "bfloat16"},
+               "adapter": {}, "stages": [stage], "hardware": "a GPU", "versions": {}, "finetui": "1"}  # fmt: skip
+    card = model_card(run, run.plan(), lineage, "me/it", {})
+    for words in ("6,000 rows, 3,002 trained on, 2,998 left out, 1,024 held out; 1,001 good and 2,001 bad answers",
+                  "left out: 2,998 × no assistant turn", "| steps | 4,000 |"):  # fmt: skip
+        assert words in card, words
 
 
 def test_what_was_made_is_listed_with_what_its_check_found() -> None:
