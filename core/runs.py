@@ -356,6 +356,7 @@ class Digest:
     def __init__(self, run: Run, tail_bytes: int = TAIL_BYTES) -> None:
         self.run, self.tail_bytes = run, tail_bytes
         self._state, self._offset, self._known = RunState(name=run.name), 0, b""
+        self._before: dict[str, float] = {}
 
     def read(self) -> dict[str, Any]:
         """The run as it is now; keys as `summary` gives them."""
@@ -383,8 +384,8 @@ class Digest:
             "step": current.step if current else 0,
             "total_steps": current.total_steps if current else 0,
             "left_s": round(current.eta_s, 1) if live and current and current.eta_s is not None else None,
-            "loss": state.last("loss"),
-            "margin": state.last("rewards/margins"),
+            "loss": self._before.get("loss", state.last("loss")),
+            "margin": self._before.get("rewards/margins", state.last("rewards/margins")),
         }
 
     def _catch_up(self) -> None:
@@ -397,7 +398,7 @@ class Digest:
                     stream.seek(self._offset)
                     new = stream.read(size - self._offset)
                 else:
-                    self._state = RunState(name=self.run.name)
+                    self._state, self._before = RunState(name=self.run.name), {}
                     new = _ends(stream, size, self.tail_bytes)
                 whole = new.rfind(b"\n") + 1  # a line still being written waits for the next call
                 self._offset = size - len(new) + whole
@@ -406,8 +407,19 @@ class Digest:
             return
         for line in new[:whole].splitlines():
             if (event := parse_line(line)) is not None:
-                self._state.fold(event)
+                self._fold(event)
         self._state.forget(KEPT_POINTS)
+
+    def _fold(self, event: dict[str, Any]) -> None:
+        """Where a run resumes further back than what is kept of it, its last figures stay until it logs again."""
+        before = {key: self._state.last(key) for key in ("loss", "rewards/margins")} if "resumed_step" in event else {}
+        self._state.fold(event)
+        if event.get("kind") == "log":
+            self._before = {}
+        stage = self._state.current
+        for key, value in before.items():
+            if value is not None and stage and stage.last(key) is None:
+                self._before[key] = value
 
 
 def _last_end(path: Path) -> dict[str, Any] | None:

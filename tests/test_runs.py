@@ -347,6 +347,24 @@ def test_a_digest_kept_through_what_is_done_to_a_run_after_its_end_tells_the_end
     assert digest.read()["duration_s"] == took
 
 
+def test_a_run_that_resumes_far_back_shows_its_last_loss_until_it_logs_again(named: MakeNamed) -> None:
+    run = named()
+    digest = Digest(run)
+    long_log(run, 300)
+    loss = digest.read()["loss"]
+    assert loss is not None
+    run.events.append("run_start", resumed=True)
+    run.events.append("stage_start", name="kto", index=1, base="")
+    run.events.append("totals", stage="kto", steps=400, resumed_step=10)
+    for one in (digest, Digest(run, tail_bytes=4000)):
+        assert (one.read()["loss"], one.read()["step"]) == (loss, 10)
+    assert summary(run)["loss"] == 0.5, "what the run logged at step 10, where that is read"
+    run.events.append("log", stage="kto", step=11, loss=0.75)
+    assert digest.read()["loss"] == 0.75
+    run.events.append("totals", stage="kto", steps=400, resumed_step=11)
+    assert digest.read()["loss"] == 0.75
+
+
 def test_a_digest_of_a_long_run_stays_small(named: MakeNamed) -> None:
     run = named()
     digest = Digest(run)
