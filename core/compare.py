@@ -12,7 +12,7 @@ from core.events import RunState, StageState
 from core.runs import Run, summary
 from core.scores import MARKS, changes
 from core.stages import TRAINING_STAGES
-from core.text import duration, number
+from core.text import count, duration, number
 
 SAME_ANYWAY = ("name", "note")
 AXES = ("steps", "time", "examples")
@@ -102,7 +102,7 @@ def evaluation_rows(sides: Sequence[Side]) -> list[tuple[str, list[str]]]:
         return []
     rows = [
         ("answered by", [variant_words(side.variant) if side.report else "–" for side in sides]),
-        ("prompts", [str(side.report["prompts"]) if side.report else "–" for side in sides]),
+        ("prompts", [count(side.report["prompts"]) if side.report else "–" for side in sides]),
     ]
     tables = [side.report["table"].get(side.variant, {}) if side.report else {} for side in sides]
     rows += [
@@ -125,7 +125,7 @@ def change_rows(sides: Sequence[Side]) -> list[str]:
         if found:
             sure = "" if found["p"] < 0.05 else ": that may be chance"
             sentences.append(
-                f"{other.name} against {first.name}, {len(shared)} prompts: {found['mended']} whole answers mended, "
+                f"{other.name} against {first.name}, {len(shared):,} prompts: {found['mended']} whole answers mended, "
                 f"{found['broken']} broken (exact McNemar test, p = {found['p']:.3g}){sure}."
             )
     return sentences

@@ -152,18 +152,17 @@ def _last_figures(snapshot: Snapshot) -> str:
 def end_words(snapshot: Snapshot, width: int = 0) -> Content:
     """After the end: where the model is, or what went wrong and what to try. Empty while the run lives.
 
-    With a `width` in cells what goes over a line is set below its beginning.
+    With a `width` in cells what goes over a line is set below its beginning; without, in home's narrow preview, paths
+    begin at the folder of the runs, which stands above.
     """
     if snapshot.live:
         return Content("")
-    lines = []
+    lines, where = [], str(snapshot.run.path) if width else snapshot.run.path.name
     for stage in snapshot.state.stages:
         if stage.output and stage.state == "done" and stage.name in TRAINING_STAGES:
-            path = snapshot.run.path / stage.output
-            lines.append(
-                Content.assemble((f"✔ model after {STAGE_NAMES[stage.name]}: ", "$text-success"), clean(path, 400))
-            )
-    lines += made_words(snapshot.state, str(snapshot.run.path))
+            path = clean(f"{where}/{stage.output}", 400)
+            lines.append(Content.assemble((f"✔ model after {STAGE_NAMES[stage.name]}: ", "$text-success"), path))
+    lines += made_words(snapshot.state, where)
     lines += card_words(snapshot, width)
     told = snapshot.card is not None and snapshot.card.remedy is not None
     if snapshot.status in ("failed", "crashed", "stopped", "aborted") and not (
