@@ -165,8 +165,10 @@ def test_what_was_made_is_told_with_its_size_and_how_far_it_agrees(folder: Path,
             stream.write(json.dumps({"t": 2e9, "kind": "artefact", "stage": "gguf", **event}) + "\n")
     snapshot = Follower(run).read()
     assert snapshot
-    text = end_words(snapshot).plain
+    text = end_words(snapshot, 200).plain
     assert f"✔ Q8_0: {run.path}/gguf/m.Q8_0.gguf  (3.00 GiB, 99.5 % of the tokens)" in text
+    beside = end_words(snapshot).plain
+    assert "✔ Q8_0: done/gguf/m.Q8_0.gguf  (3.00" in beside and "✔ model after SFT: done/sft/final_model" in beside
     assert "✔ upload: https://hub/me/x  (1.00 GiB)" in text
 
 
